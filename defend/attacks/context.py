@@ -1,0 +1,76 @@
+"""What an attack must leave untouched, whatever happens inside it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _per_record_recorders(modules: list[nn.Module]) -> list[Any]:
+    """Owners of forward hooks that can be switched off: Opacus' per-record gradient hooks.
+
+    Found by shape (`hooks_enabled`, `disable_hooks`), not by type, so that attacks need not know
+    about privacy and hooks that a user installed with Opacus are respected too.
+    """
+    owners = {}
+    for module in modules:
+        for hook in module._forward_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if hasattr(owner, "hooks_enabled") and hasattr(owner, "disable_hooks"):
+                owners[id(owner)] = owner
+    return list(owners.values())
+
+
+@contextmanager
+def no_trace(model: Callable[..., Any], device: torch.device) -> Iterator[None]:
+    """Run an attack on `model`: eval mode, parameters frozen, autograd on, nothing left behind.
+
+    Inside: every submodule is in eval mode, so BatchNorm statistics stand still and one record
+    cannot reach another; no parameter requires a gradient, so none is computed; per-record hooks
+    are off, so DP-SGD does not count the record twice; autograd works even under `no_grad` and
+    `inference_mode`. On leaving, also by an exception, all of it is as it was: `.training` of each
+    submodule on its own, `requires_grad`, every `.grad`, the per-record hooks and the global RNG
+    of the CPU and of `device`.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    training = [m for m in modules if m.training]
+    trainable = [p for p in parameters if p.requires_grad]
+    recorders = [r for r in _per_record_recorders(modules) if r.hooks_enabled]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(
+            torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda")
+        )
+        try:
+            for module in training:
+                # Not `.eval()`: it recurses, and users override `.train()`.
+                module.training = False
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            for recorder in recorders:
+                recorder.disable_hooks()
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            for recorder in recorders:
+                recorder.enable_hooks()
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: the tensor itself, or its `logits` (Hugging Face, dicts)."""
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise TypeError(
+        "Expected the model's forward to return a tensor of logits, or an object with `logits`, "
+        f"got {type(output).__name__}. Wrap the model so that forward(x) returns the logits."
+    )

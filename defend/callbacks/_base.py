@@ -1,0 +1,83 @@
+"""What all of defend's callbacks share: clean up however a run ends, and leave evidence."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from defend.callbacks._seams import Seams
+
+
+class DefendCallback(Callback):
+    """Base of defend's callbacks.
+
+    A subclass says what it did (`settings`, `results`) and how to clean up (`clean_up`). The last
+    of them in a trainer's list writes the evidence for all, so that one run has one card whatever
+    callbacks it has.
+    """
+
+    def settings(self) -> dict[str, Any]:
+        """Facts known before the first step; logged as parameters `defend/<name>`."""
+        return {}
+
+    def results(self) -> dict[str, Any]:
+        """Facts known after the last step; they go to the card."""
+        return {}
+
+    def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave trainer and module as they were. Called at the end of a fit, also a failed one."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._writes_evidence(trainer):
+            from defend.callbacks import _evidence
+
+            _evidence.log_settings(trainer, _gather(trainer, "settings"))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._writes_evidence(trainer):
+            from defend.callbacks import _evidence
+
+            _evidence.log_card(trainer, _gather(trainer, "settings"), _gather(trainer, "results"))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._end(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        # Lightning calls this instead of `teardown` when a run fails.
+        self._end(trainer, pl_module)
+
+    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        Seams.unwrap(trainer)
+        self.clean_up(trainer, pl_module)
+
+    def _writes_evidence(self, trainer: pl.Trainer) -> bool:
+        return trainer.is_global_zero and _ours(trainer)[-1] is self
+
+
+def _ours(trainer: pl.Trainer) -> list[DefendCallback]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return [c for c in callbacks if isinstance(c, DefendCallback)]
+
+
+def _gather(trainer: pl.Trainer, what: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for callback in _ours(trainer):
+        facts.update(getattr(callback, what)())
+    return facts
+
+
+def describe_attack(attack: Any) -> dict[str, Any]:
+    """The threat model of an attack, as far as the attack tells."""
+    ball = getattr(attack, "ball", None)
+    facts = {
+        "attack": type(attack).__name__,
+        "ball": getattr(ball, "name", None),
+        "eps": getattr(ball, "eps", None),
+        "attack_steps": getattr(attack, "steps", None),
+        "attack_step_size": getattr(attack, "effective_step_size", None),
+        "inputs": getattr(attack, "inputs", None),
+    }
+    return {name: value for name, value in facts.items() if value is not None}

@@ -1,0 +1,35 @@
+"""Hand what the callbacks gathered to MLflow, where the trainer logs to MLflow."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import MLFlowLogger
+
+from defend.tracking.card import render_card
+from defend.tracking.mlflow import RunLog
+
+
+def run_logs(trainer: pl.Trainer) -> list[RunLog]:
+    """The MLflow runs that the trainer logs to; none with other loggers, or without one."""
+    return [
+        RunLog(logger.experiment, str(logger.run_id))
+        for logger in trainer.loggers
+        if isinstance(logger, MLFlowLogger)
+    ]
+
+
+def log_settings(trainer: pl.Trainer, settings: dict[str, Any]) -> None:
+    """Parameters, and the tag `defend.private`."""
+    for run in run_logs(trainer):
+        run.log_params(settings)
+        run.set_tag("defend.private", str(bool(settings.get("private", False))).lower())
+
+
+def log_card(trainer: pl.Trainer, settings: dict[str, Any], results: dict[str, Any]) -> None:
+    """The card as an artifact and as the run's description; report and curve beside it."""
+    for run in run_logs(trainer):
+        run.log_card(render_card(settings, results))
+        if results:
+            run.log_report(results)
+        for ball, curve in results.get("curves", {}).items():
+            run.log_curve(ball, curve)

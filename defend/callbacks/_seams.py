@@ -1,0 +1,95 @@
+"""The two places where defend reaches into Lightning, and the only file that does.
+
+`trainer.strategy.training_step` sees every training batch, under every strategy, precision and
+kind of optimization, and its result goes to backward; `trainer.strategy.process_dataloader` sees
+every loader before its iterator is made. Both are public methods of the strategy. They are wrapped
+once a trainer, on the instance, and callbacks register what they want done; so their order in
+the list of callbacks changes nothing:
+
+    batch → attack (the whole logical batch) → split → user's training_step, chunk by chunk
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+
+
+class BatchTransform(Protocol):
+    """Registered by adversarial training: replaces a batch before the user's step sees it."""
+
+    def transform(self, batch: Any, chunk_size: int | None) -> Any: ...
+
+
+class StepRunner(Protocol):
+    """Registered by differential privacy: replaces the loader, and runs the step in chunks."""
+
+    chunk_size: int | None
+
+    def replace_loader(self, loader: Any) -> Any: ...
+
+    def run(self, batch: Any, step: Callable[[Any], Any]) -> Any: ...
+
+
+class Seams:
+    """What is wrapped on one trainer's strategy.
+
+    Attributes:
+        adversary: replaces batches, or None.
+        private: runs steps in chunks and replaces the training loader, or None.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.trainer = trainer
+        self.adversary: BatchTransform | None = None
+        self.private: StepRunner | None = None
+        self._training_step = trainer.strategy.training_step
+        self._process_dataloader = trainer.strategy.process_dataloader
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer) -> "Seams":
+        """The trainer's seams; wrapped now if they are not yet."""
+        wrapped = vars(trainer.strategy).get("training_step")
+        seams = getattr(wrapped, "__self__", None)
+        if isinstance(seams, cls):
+            return seams
+        seams = cls(trainer)
+        trainer.strategy.training_step = seams.training_step  # type: ignore[method-assign]
+        trainer.strategy.process_dataloader = (  # type: ignore[method-assign]
+            seams.process_dataloader
+        )
+        return seams
+
+    @staticmethod
+    def unwrap(trainer: pl.Trainer) -> None:
+        """Leave the strategy as it was. Safe to call twice."""
+        for name in ("training_step", "process_dataloader"):
+            if isinstance(getattr(vars(trainer.strategy).get(name), "__self__", None), Seams):
+                delattr(trainer.strategy, name)
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for `strategy.training_step`."""
+        if self.adversary is not None:
+            chunk_size = None if self.private is None else self.private.chunk_size
+            batch = self.adversary.transform(batch, chunk_size)
+        if self.private is None:
+            return self._training_step(batch, *args, **kwargs)
+
+        def step(chunk: Any) -> Any:
+            self._weigh_logs_by(chunk)
+            return self._training_step(chunk, *args, **kwargs)
+
+        return self.private.run(batch, step)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Stands in for `strategy.process_dataloader`."""
+        loader = self._process_dataloader(dataloader)
+        if self.private is None or not self.trainer.training:
+            return loader
+        return self.private.replace_loader(loader)
+
+    def _weigh_logs_by(self, chunk: Any) -> None:
+        """Epoch means of `self.log` weigh each value by the rows it was computed from."""
+        results = self.trainer._results
+        if results is not None:
+            results.batch, results.batch_size = chunk, None

@@ -1,0 +1,459 @@
+"""DP-SGD for an unmodified LightningModule."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from defend.batching.chunks import count_rows, even_bounds, slice_rows
+from defend.callbacks._base import DefendCallback
+from defend.callbacks._seams import Seams
+from defend.errors import BudgetError, InputError, PrivacyError
+from defend.privacy import accounting
+from defend.privacy.accounting import History, Segment
+from defend.privacy.preconditions import Setup, check
+from defend.privacy.randomness import Randomness
+from defend.privacy.sampling import PoissonBatchSampler, poisson_loader
+from defend.privacy.step import PrivateStep
+
+ADJACENCY = "add or remove one record"
+
+# Per-record gradients take rows × parameters of memory. This many rows fit small machines.
+_AUTO_CHUNK = 256
+# ε is computed exactly this many times over a fit; in between, the next one is shown.
+_EPSILON_POINTS = 20
+
+
+class DifferentialPrivacy(DefendCallback):
+    r"""Train with DP-SGD (Abadi et al. 2016, arXiv 1607.00133).
+
+    Each step, on a Poisson-sampled batch S (every record joins with probability q):
+
+        ∇ = ( Σ_{i ∈ S} gᵢ · min(1, C / ‖gᵢ‖₂) + N(0, (σC)² I) ) / (q · N)
+
+    gᵢ being the gradient of record i's loss. The user's loader keeps its data set, workers and
+    collate function, but its batches are drawn by Poisson sampling; its `batch_size` becomes the
+    *expected* batch size q · N (over all processes), and an epoch has as many steps as before.
+    The optimizer, its schedulers and the module stay the user's own.
+
+    Give `target_epsilon` to have σ found for the steps that the Trainer plans, or
+    `noise_multiplier` to set σ; with both, training stops before the step that would exceed the
+    target.
+
+    *Guarantee.* After training, the weights are (`epsilon`, δ)-DP for adding or removing one
+    record; `defend.privacy` says what is and is not covered. The loss must be the mean over the
+    rows of the batch; another scale changes what is clipped, not the guarantee. What would break
+    the guarantee in silence is refused before the first step.
+
+    Logs `privacy/epsilon`: exact at each twentieth of the plan and at the end, and in between the
+    next exact value, so never less than what was spent.
+
+    Args:
+        delta: δ in (0, 1), well below 1 / number of records.
+        max_grad_norm: C > 0, the L2 norm that each record's gradient is clipped to.
+        target_epsilon: ε > 0 that is not exceeded, or None.
+        noise_multiplier: σ ≥ 0, the noise's standard deviation in units of C, or None.
+        accountant: "prv" (tight) or "rdp".
+        chunk_size: most rows in one forward and backward; larger batches are split, with the same
+            result. "auto": 256 rows. None: never split.
+        insecure_seed: fix noise and sampling, to debug or test. The run is then *not private*,
+            and is tagged so.
+
+    Raises:
+        InputError: for settings out of range.
+        PrivacyError: at the start of `fit`, for a set-up that would not be private.
+        BudgetError: if the Trainer insists on a step beyond the target (`min_epochs`, say).
+    """
+
+    def __init__(
+        self,
+        *,
+        delta: float,
+        max_grad_norm: float,
+        target_epsilon: float | None = None,
+        noise_multiplier: float | None = None,
+        accountant: str = "prv",
+        chunk_size: int | str | None = "auto",
+        insecure_seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_settings(
+            delta, max_grad_norm, target_epsilon, noise_multiplier, accountant, chunk_size
+        )
+        self.delta = delta
+        self.max_grad_norm = max_grad_norm
+        self.target_epsilon = target_epsilon
+        self.accountant = accountant
+        self.chunk_size: int | None = (
+            _AUTO_CHUNK if chunk_size == "auto" else chunk_size  # type: ignore[assignment]
+        )
+        self.insecure_seed = insecure_seed
+        self._given_noise = noise_multiplier
+        self._noise_multiplier = noise_multiplier
+        self._sample_rate: float | None = None
+        self._history: History = ()
+        self._plan: dict[str, Any] | None = None
+        self._end_of_fit()
+
+    def _end_of_fit(self) -> None:
+        """State that lives for one fit only."""
+        self._trainer: pl.Trainer | None = None
+        self._randomness: Randomness | None = None
+        self._sampler: PoissonBatchSampler | None = None
+        self._step: PrivateStep | None = None
+        self._ddp: DistributedDataParallel | None = None
+        self._allowed: float = math.inf  # steps that this fit may take
+        self._stride = 1
+        self._taken = 0
+        self._spent_before: History = ()
+        self._resumed_at: int | None = None
+
+    # --- what a user reads --------------------------------------------------------------------
+
+    @property
+    def epsilon(self) -> float:
+        """ε spent so far at `delta`; 0 before the first step."""
+        return accounting.epsilon(self._history, self.delta, self.accountant)
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """σ; None until it is found at the start of `fit`."""
+        return self._noise_multiplier
+
+    @property
+    def sample_rate(self) -> float | None:
+        """q, the probability that a record joins a batch; None until the data is known."""
+        return self._sample_rate
+
+    @property
+    def steps(self) -> int:
+        """Steps charged so far, those before a resume included."""
+        return accounting.total_steps(self._history)
+
+    @property
+    def history(self) -> History:
+        """All that was charged: (noise_multiplier, sample_rate, steps) in order."""
+        return self._history
+
+    def settings(self) -> dict[str, Any]:
+        sampler = self._sampler
+        return {
+            "private": self.insecure_seed is None,
+            "target_epsilon": self.target_epsilon,
+            "delta": self.delta,
+            "noise_multiplier": self._noise_multiplier,
+            "max_grad_norm": self.max_grad_norm,
+            "sample_rate": self._sample_rate,
+            "records": sampler.size if sampler else None,
+            "accountant": self.accountant,
+            "adjacency": ADJACENCY,
+            "sampling": "Poisson",
+        }
+
+    def results(self) -> dict[str, Any]:
+        return {"epsilon": self.epsilon, "private_steps": self.steps}
+
+    # --- before the first step ----------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        check(_trainer_facts(trainer, pl_module))
+        self._end_of_fit()
+        self._trainer = trainer
+        self._randomness = self._share_randomness(trainer)
+        seams = Seams.of(trainer)
+        if seams.private is not None:
+            raise InputError("Expected one DifferentialPrivacy callback, got two.")
+        seams.private = self
+
+    def _share_randomness(self, trainer: pl.Trainer) -> Randomness:
+        if self.insecure_seed is not None:
+            return Randomness(self.insecure_seed)
+        return Randomness(root=trainer.strategy.broadcast(Randomness().root))
+
+    def replace_loader(self, loader: Any) -> Any:
+        """The user's training loader, with Poisson-sampled batches."""
+        trainer, randomness = self._trainer, self._randomness
+        assert trainer is not None
+        assert randomness is not None
+        check(
+            Setup(
+                loader=loader,
+                loaders=1 if self._sampler is None else 2,
+                world_size=trainer.world_size,
+            )
+        )
+        records = len(loader.dataset)
+        self._sample_rate = loader.batch_size * trainer.world_size / records
+        self._sampler = PoissonBatchSampler(
+            records,
+            self._sample_rate,
+            len(loader),
+            randomness,
+            first_step=lambda: self.steps,
+            chunk_size=self.chunk_size,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        return poisson_loader(loader, self._sampler)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn != "fit":
+            return
+        if self.state_key not in checkpoint.get("callbacks", {}):
+            raise PrivacyError(
+                "Expected a checkpoint of a private run, got one without a privacy record: its "
+                "steps may have used the data without noise. To start from public weights, load "
+                "them into the module (load_from_checkpoint) and call fit without ckpt_path."
+            )
+        self._resumed_at = int(checkpoint["global_step"])
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        planned = trainer.estimated_stepping_batches  # loads the training data if need be
+        check(Setup(module=pl_module, optimizers=tuple(trainer.optimizers)))
+        sampler, randomness = self._sampler, self._randomness
+        if sampler is None or randomness is None:
+            raise PrivacyError(
+                "Expected training data at the start of fit, got none. Give the Trainer a training "
+                "loader, and do not set limit_train_batches=0."
+            )
+        done = trainer.global_step if self._resumed_at is None else self._resumed_at
+        remaining = None if math.isinf(planned) else max(int(planned) - done, 0)
+        self._spent_before = self._history
+        self._set_noise(planned, done, remaining)
+        self._stride = math.ceil(min(remaining or 1000, self._allowed) / _EPSILON_POINTS) or 1
+        assert self._noise_multiplier is not None
+        self._step = PrivateStep(
+            pl_module,
+            trainer.optimizers[0],
+            noise_multiplier=self._noise_multiplier,
+            max_grad_norm=self.max_grad_norm,
+            expected_batch_size=sampler.sample_rate * sampler.size,
+            randomness=randomness,
+            charge=self._charge,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            # Sums are added up after clipping, by `PrivateStep`; averaged gradients are no use.
+            self._ddp = trainer.strategy.model
+            self._ddp.require_backward_grad_sync = False
+        self._stop_if_spent(trainer)
+
+    def _set_noise(self, planned: float, done: int, remaining: int | None) -> None:
+        """Find σ where it was not given, and how many steps may be taken with it."""
+        assert self._sample_rate is not None
+        budget = {"delta": self.delta, "accountant": self.accountant, "spent": self._history}
+        plan = {
+            "target_epsilon": self.target_epsilon,
+            "delta": self.delta,
+            "accountant": self.accountant,
+            "sample_rate": self._sample_rate,
+            "steps": None if remaining is None else int(planned),
+        }
+        if self._given_noise is not None:
+            self._noise_multiplier = self._given_noise
+            if self.target_epsilon is not None:
+                self._allowed = accounting.affordable_steps(
+                    self.target_epsilon,
+                    noise_multiplier=self._given_noise,
+                    sample_rate=self._sample_rate,
+                    limit=remaining,
+                    **budget,  # type: ignore[arg-type]
+                )
+            return
+        if remaining is None:
+            raise InputError(
+                "Expected a plan with an end to find the noise for `target_epsilon`, got "
+                "max_epochs=-1 and max_steps=-1. Set one of them, or give `noise_multiplier` too."
+            )
+        assert self.target_epsilon is not None
+        self._allowed = remaining
+        if remaining == 0:
+            self._noise_multiplier = self._noise_multiplier or 0.0
+        elif self._plan is not None and self._plan["plan"] == plan and self.steps == done:
+            # The same plan goes on after a resume, at the noise that was found for all of it.
+            self._noise_multiplier = self._plan["noise_multiplier"]
+        else:
+            self._noise_multiplier = accounting.noise_multiplier_for(
+                self.target_epsilon,
+                sample_rate=self._sample_rate,
+                steps=remaining,
+                **budget,  # type: ignore[arg-type]
+            )
+        self._plan = {"plan": plan, "noise_multiplier": self._noise_multiplier}
+
+    # --- one step -----------------------------------------------------------------------------
+
+    def run(self, batch: Any, step: Callable[[Any], Any]) -> Any:
+        """The user's training step on one logical batch, chunk by chunk.
+
+        All but the last chunk go through backward here; Lightning does the last one.
+        """
+        trainer, private, sampler = self._trainer, self._step, self._sampler
+        assert trainer is not None
+        assert private is not None
+        assert sampler is not None
+        drawn = sampler.drawn.popleft()
+        rows = count_rows(batch)
+        if rows != drawn.rows:
+            raise PrivacyError(
+                f"Expected {drawn.rows} rows, one for each sampled record, got {rows}. The "
+                "collate function or a batch hook drops, adds or merges records; let it keep one "
+                "row a record."
+            )
+        private.begin()
+        output = None
+        for start, stop in even_bounds(drawn.rows, drawn.chunks):
+            records = min(max(drawn.records - start, 0), stop - start)
+            private.expect(stop - start, records)
+            chunk = batch if drawn.chunks == 1 else slice_rows(batch, start, stop, drawn.rows)
+            output = step(chunk)
+            if stop < drawn.rows:
+                trainer.strategy.backward(_loss_of(output), trainer.optimizers[0])
+        return output
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._step is not None:
+            self._step.fold()
+
+    def on_before_optimizer_step(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        if self._step is not None:
+            self._step.release()
+
+    def _charge(self) -> int:
+        """Count a step before it is released. Returns its number, from 0."""
+        if self._taken >= self._allowed:
+            raise BudgetError(
+                f"Expected to stop at ε = {self.target_epsilon}, got a further step after "
+                f"{self.steps} that would exceed it. Remove min_epochs and min_steps, or raise "
+                "target_epsilon."
+            )
+        number = self.steps
+        assert self._noise_multiplier is not None
+        assert self._sample_rate is not None
+        segment = Segment(self._noise_multiplier, self._sample_rate, 1)
+        self._history = accounting.extend(self._history, segment)
+        self._taken += 1
+        return number
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        pl_module.log(
+            "privacy/epsilon", self._epsilon_ahead(), on_step=True, prog_bar=True, batch_size=1
+        )
+        self._stop_if_spent(trainer)
+
+    def _epsilon_ahead(self) -> float:
+        """ε at the next point of a coarse grid of steps: exact there, an upper bound before."""
+        assert self._noise_multiplier is not None
+        assert self._sample_rate is not None
+        ahead = min(math.ceil(self._taken / self._stride) * self._stride, self._allowed)
+        segment = Segment(self._noise_multiplier, self._sample_rate, int(ahead))
+        history = accounting.extend(self._spent_before, segment)
+        return accounting.epsilon(history, self.delta, self.accountant)
+
+    def _stop_if_spent(self, trainer: pl.Trainer) -> None:
+        if self._taken >= self._allowed:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({"privacy/epsilon": self.epsilon}, step=trainer.global_step)
+
+    # --- afterwards ---------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "history": [list(segment) for segment in self._history],
+            "plan": self._plan,
+            "delta": self.delta,
+            "max_grad_norm": self.max_grad_norm,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._history = tuple(Segment(*segment) for segment in state_dict["history"])
+        self._plan = state_dict["plan"]
+
+    def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._step is not None:
+            self._step.close()
+        if self._ddp is not None:
+            self._ddp.require_backward_grad_sync = True
+        self._step = self._ddp = self._trainer = None
+        self._randomness = None
+
+
+def _loss_of(output: Any) -> torch.Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, torch.Tensor):
+        raise PrivacyError(
+            f"Expected `training_step` to return a loss for every batch, got {loss!r}. Skipping "
+            "a batch because of one record would reveal that record."
+        )
+    return loss
+
+
+def _trainer_facts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Setup:
+    return Setup(
+        accumulate_grad_batches=trainer.accumulate_grad_batches,
+        gradient_clip_val=trainer.gradient_clip_val,
+        precision=trainer.precision,
+        strategy=type(trainer.strategy).__name__,
+        automatic_optimization=pl_module.automatic_optimization,
+        takes_dataloader_iter="dataloader_iter"
+        in inspect.signature(pl_module.training_step).parameters,
+        reloads_data=trainer.reload_dataloaders_every_n_epochs > 0,  # type: ignore[attr-defined]
+        overfits_batches=trainer.overfit_batches > 0,  # type: ignore[attr-defined]
+        callbacks=tuple(type(c) for c in trainer.callbacks),  # type: ignore[attr-defined]
+    )
+
+
+def _check_settings(
+    delta: float,
+    max_grad_norm: float,
+    target_epsilon: float | None,
+    noise_multiplier: float | None,
+    accountant: str,
+    chunk_size: int | str | None,
+) -> None:
+    def expect(right: bool, what: str, got: Any, cure: str = "") -> None:
+        if not right:
+            raise InputError(f"Expected {what}, got {got!r}. {cure}".rstrip())
+
+    expect(0 < delta < 1, "`delta` to be in (0, 1)", delta, "1e-5 suits up to 10,000 records.")
+    expect(0 < max_grad_norm < math.inf, "`max_grad_norm` to be > 0 and finite", max_grad_norm)
+    expect(
+        target_epsilon is not None or noise_multiplier is not None,
+        "`target_epsilon`, `noise_multiplier` or both",
+        None,
+    )
+    if target_epsilon is not None:
+        expect(0 < target_epsilon < math.inf, "`target_epsilon` to be > 0", target_epsilon)
+    if noise_multiplier is not None:
+        expect(0 <= noise_multiplier < math.inf, "`noise_multiplier` to be ≥ 0", noise_multiplier)
+    known = accounting.ACCOUNTANTS
+    expect(accountant in known, f"`accountant` to be one of {known}", accountant)
+    expect(
+        chunk_size in ("auto", None) or (isinstance(chunk_size, int) and chunk_size >= 1),
+        "`chunk_size` to be 'auto', None or an integer ≥ 1",
+        chunk_size,
+    )

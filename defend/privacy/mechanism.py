@@ -1,0 +1,96 @@
+"""The Gaussian mechanism on per-record gradients: clip, sum, add noise.
+
+With gᵢ the gradient of record i over all parameters together,
+
+    s = Σᵢ wᵢ · gᵢ · min(1, C / ‖gᵢ‖₂)        ‖change of s by one record‖₂ ≤ C
+    release (s + N(0, (σC)² I)) / B            B the expected batch size
+
+(Abadi et al. 2016, arXiv 1607.00133, Algorithm 1, with B expected rather than drawn.)
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_F32 = torch.float32
+
+
+def per_record_norms(gradients: Sequence[Tensor]) -> Tensor:
+    """‖gᵢ‖₂ of each record over all parameters, in float32 or wider.
+
+    Args:
+        gradients: one tensor `[N, *parameter.shape]` for each parameter.
+
+    Returns:
+        Norms, shape `[N]`.
+    """
+    parts = [
+        torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.promote_types(g.dtype, _F32))
+        for g in gradients
+    ]
+    return torch.linalg.vector_norm(torch.stack(parts, dim=1), dim=1)
+
+
+def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
+    """min(1, C / ‖gᵢ‖) for each record; 0 where the norm is not finite.
+
+    A record whose gradient is NaN or infinite contributes nothing. That is a function of this
+    record alone, so the sensitivity stays C; letting it through would make the whole sum NaN.
+    """
+    factors = max_grad_norm / norms.clamp_min(max_grad_norm)
+    return torch.where(norms.isfinite(), factors, 0.0)
+
+
+def clip_and_sum(
+    gradients: Sequence[Tensor], max_grad_norm: float, weights: Tensor | None = None
+) -> list[Tensor]:
+    """Σᵢ wᵢ · gᵢ · min(1, C / ‖gᵢ‖₂), parameter by parameter.
+
+    Args:
+        gradients: one tensor `[N, *parameter.shape]` for each parameter, any float dtype.
+        max_grad_norm: C > 0.
+        weights: 1 for a record and 0 for padding, shape `[N]`; None means all 1.
+
+    Returns:
+        One tensor of the parameter's shape for each, float32 or wider.
+
+    *Guarantees.* Adding or removing one record moves the result, taken over all parameters, by at
+    most C in L2 norm, up to the rounding of the sum's dtype: norms and products are computed in
+    float32 even for bfloat16 gradients.
+    """
+    if not gradients:
+        return []
+    norms = per_record_norms(gradients)
+    factors = clip_factors(norms, max_grad_norm)
+    if weights is not None:
+        factors = factors * weights.to(factors)
+    broken = ~norms.isfinite()
+    if broken.any():  # 0 · NaN is NaN
+        gradients = [g.masked_fill(broken.view((-1,) + (1,) * (g.ndim - 1)), 0) for g in gradients]
+    # Matrix times vector: unlike matrix times matrix it is never rounded to TF32 or bfloat16.
+    return [
+        torch.mv(g.flatten(1).to(factors.dtype).T, factors).view(g.shape[1:]) for g in gradients
+    ]
+
+
+def add_noise_(
+    sums: Sequence[Tensor],
+    *,
+    noise_multiplier: float,
+    max_grad_norm: float,
+    generator: torch.Generator,
+) -> None:
+    """Add N(0, (σC)²) to every coordinate, in place.
+
+    Args:
+        sums: clipped sums, one tensor a parameter.
+        noise_multiplier: σ ≥ 0.
+        max_grad_norm: C, the L2 sensitivity of the sums taken together.
+        generator: source of the noise, on the device of the sums.
+    """
+    scale = noise_multiplier * max_grad_norm
+    if scale == 0:
+        return
+    for total in sums:
+        total.add_(torch.empty_like(total).normal_(0.0, scale, generator=generator))

@@ -1,0 +1,378 @@
+"""Every refusal in one table: what would break the guarantee in silence, and its cure.
+
+Each `Refusal` looks at plain facts (`Setup`) and returns what it found, or None. They are checked
+together before the first step, so that a user sees all of them at once.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from defend.errors import PrivacyError
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Facts about a training run, free of any framework's types.
+
+    None (or an empty tuple) means not known yet, and is not judged.
+    """
+
+    module: nn.Module | None = None
+    optimizers: tuple[Any, ...] | None = None
+    loader: Any = None
+    loaders: int | None = None
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    precision: str = "32-true"
+    strategy: str | None = None
+    automatic_optimization: bool = True
+    takes_dataloader_iter: bool = False
+    reloads_data: bool = False
+    overfits_batches: bool = False
+    callbacks: tuple[type, ...] = ()
+    world_size: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """One row: `expected` … got `found(setup)` … `cure`."""
+
+    name: str
+    expected: str
+    found: Callable[[Setup], str | None]
+    cure: str
+
+    def message(self, setup: Setup) -> str | None:
+        """The error text, or None where there is nothing to refuse."""
+        found = self.found(setup)
+        return None if found is None else f"Expected {self.expected}, got {found}. {self.cure}"
+
+
+def check(setup: Setup) -> None:
+    """Raise one `PrivacyError` that lists every refusal that applies to `setup`."""
+    messages = [m for m in (refusal.message(setup) for refusal in REFUSALS) if m]
+    if messages:
+        lead = (
+            "This run would not be private. "
+            if len(messages) == 1
+            else (f"This run would not be private, for {len(messages)} reasons:\n")
+        )
+        raise PrivacyError(lead + "\n".join(messages))
+
+
+# --- what each row looks for -------------------------------------------------------------------
+
+
+def _layers(setup: Setup, wanted: Callable[[nn.Module], bool]) -> str | None:
+    if setup.module is None:
+        return None
+    names = [
+        f"{type(m).__name__} at `{n or '.'}`" for n, m in setup.module.named_modules() if wanted(m)
+    ]
+    return _some(names)
+
+
+def _some(names: Iterable[str], most: int = 5) -> str | None:
+    listed = list(names)
+    if not listed:
+        return None
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+
+def _nothing_to_train(setup: Setup) -> str | None:
+    return "none" if setup.module is not None and not _trainable(setup.module) else None
+
+
+def _direct_parameters(setup: Setup) -> str | None:
+    if setup.module is None or not next(setup.module.children(), None):
+        return None
+    direct = setup.module.named_parameters(recurse=False)
+    return _some(f"`{n}`" for n, p in direct if p.requires_grad)
+
+
+def _optimizer_count(setup: Setup) -> str | None:
+    if setup.optimizers is None or len(setup.optimizers) == 1:
+        return None
+    return str(len(setup.optimizers))
+
+
+def _left_out(setup: Setup) -> str | None:
+    if setup.module is None or setup.optimizers is None:
+        return None
+    held = {id(p) for o in setup.optimizers for g in o.param_groups for p in g["params"]}
+    return _some(
+        f"`{n}` left out" for n, p in _trainable(setup.module).items() if id(p) not in held
+    )
+
+
+def _foreign(setup: Setup) -> str | None:
+    if setup.module is None or setup.optimizers is None:
+        return None
+    own = {id(p) for p in setup.module.parameters()}
+    held = [p for o in setup.optimizers for g in o.param_groups for p in g["params"]]
+    count = sum(p.requires_grad and id(p) not in own for p in held)
+    return f"{count} that are not the module's" if count else None
+
+
+def _many_closures(setup: Setup) -> str | None:
+    return _some(type(o).__name__ for o in setup.optimizers or () if type(o).__name__ == "LBFGS")
+
+
+_STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}
+_PRECISIONS = {"32-true", "32", 32, "64-true", "64", 64, "bf16-mixed"}
+_SPOILERS = {
+    "LearningRateFinder",
+    "BatchSizeFinder",
+    "GradientAccumulationScheduler",
+    "StochasticWeightAveraging",
+    "ModelPruning",
+    "BackboneFinetuning",
+    "BaseFinetuning",
+}
+
+
+def _is_spoiler(callback: type) -> bool:
+    return any(base.__name__ in _SPOILERS for base in callback.__mro__)
+
+
+def _is_plain_loader(loader: Any) -> bool:
+    return type(loader) is DataLoader
+
+
+def _map_style(setup: Setup) -> str | None:
+    if isinstance(getattr(setup.loader, "dataset", None), IterableDataset):
+        return f"the iterable data set {type(setup.loader.dataset).__name__}"
+    return None
+
+
+def _loader_type(setup: Setup) -> str | None:
+    if setup.loader is None or _is_plain_loader(setup.loader):
+        return None
+    return f"a {type(setup.loader).__module__}.{type(setup.loader).__qualname__}"
+
+
+def _batching(setup: Setup) -> str | None:
+    loader = setup.loader
+    if not _is_plain_loader(loader) or _map_style(setup):
+        return None
+    if loader.batch_sampler is None:
+        return "batch_size=None"
+    if type(loader.batch_sampler) is not BatchSampler:
+        return f"the batch sampler {type(loader.batch_sampler).__name__}"
+    if not getattr(loader, "in_order", True):
+        return "in_order=False"
+    return None
+
+
+def _sampler(setup: Setup) -> str | None:
+    loader = setup.loader
+    if not _is_plain_loader(loader) or _map_style(setup):
+        return None
+    sampler = loader.sampler
+    known = type(sampler) in (RandomSampler, SequentialSampler) or (
+        isinstance(sampler, DistributedSampler)
+        # Lightning's own wrapper hides a custom sampler inside a DistributedSampler.
+        and not hasattr(sampler.dataset, "_sampler")
+    )
+    if not known:
+        inner = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
+        return f"a {type(inner).__name__}"
+    if type(sampler) is RandomSampler and (
+        sampler.replacement or sampler.num_samples != len(loader.dataset)
+    ):
+        return (
+            f"RandomSampler(replacement={sampler.replacement}, num_samples={sampler.num_samples})"
+        )
+    return None
+
+
+def _batch_beyond_data(setup: Setup) -> str | None:
+    if not _is_plain_loader(setup.loader) or _map_style(setup) or _batching(setup):
+        return None
+    expected, size = setup.loader.batch_size * setup.world_size, len(setup.loader.dataset)
+    return f"an expected batch of {expected} from {size} records" if expected > size else None
+
+
+REFUSALS = (
+    Refusal(
+        "batch_norm",
+        "layers that treat each record alone",
+        lambda s: _layers(s, lambda m: isinstance(m, _BatchNorm)),
+        "BatchNorm mixes the records of a batch, also without affine parameters or when partly "
+        "frozen. Use GroupNorm, or `opacus.validators.ModuleValidator.fix(module)`.",
+    ),
+    Refusal(
+        "instance_norm_statistics",
+        "layers without running statistics of the data",
+        lambda s: _layers(s, lambda m: isinstance(m, _InstanceNorm) and m.track_running_stats),
+        "Running statistics are published without noise. Set track_running_stats=False.",
+    ),
+    Refusal(
+        "fused_layer",
+        "layers that have per-record gradients",
+        lambda s: _layers(
+            s,
+            lambda m: (
+                isinstance(m, nn.RNNBase | nn.MultiheadAttention)
+                and type(m).__module__.startswith("torch.")
+            ),
+        ),
+        "Use the drop-in layers of opacus.layers, or "
+        "`opacus.validators.ModuleValidator.fix(module)`.",
+    ),
+    Refusal(
+        "direct_parameters",
+        "parameters inside submodules",
+        _direct_parameters,
+        "A parameter directly on the top module hides the layers below it from the per-record "
+        "hooks. Put it in a small nn.Module of its own.",
+    ),
+    Refusal(
+        "nothing_to_train",
+        "at least one trainable parameter",
+        _nothing_to_train,
+        "Set requires_grad=True on what should be trained.",
+    ),
+    Refusal(
+        "one_optimizer",
+        "exactly one optimizer",
+        _optimizer_count,
+        "Put all trainable parameters into one optimizer; parameter groups may have their own "
+        "settings.",
+    ),
+    Refusal(
+        "parameters_left_out",
+        "every trainable parameter in the optimizer",
+        _left_out,
+        "Its gradient would be clipped with the others but never noised and stepped. Add it, or "
+        "set requires_grad=False on it.",
+    ),
+    Refusal(
+        "foreign_parameters",
+        "only the module's own parameters in the optimizer",
+        _foreign,
+        "They would be trained without clipping and noise. Make them part of the module.",
+    ),
+    Refusal(
+        "several_closures",
+        "an optimizer that computes one gradient a step",
+        _many_closures,
+        "Each evaluation would be a release that is not charged. Use SGD, Adam or the like.",
+    ),
+    Refusal(
+        "gradient_accumulation",
+        "accumulate_grad_batches=1",
+        lambda s: f"{s.accumulate_grad_batches}" if s.accumulate_grad_batches != 1 else None,
+        "Raise the loader's batch_size instead: large batches are split into chunks that fit "
+        "(chunk_size=...), at the same memory.",
+    ),
+    Refusal(
+        "gradient_clipping",
+        "gradient_clip_val=None",
+        lambda s: f"{s.gradient_clip_val}" if s.gradient_clip_val else None,
+        "Each record's gradient is clipped to max_grad_norm already; a second clip would cut the "
+        "noise. Remove it from the Trainer.",
+    ),
+    Refusal(
+        "precision",
+        "precision 32-true, 64-true or bf16-mixed",
+        lambda s: f"{s.precision!r}" if s.precision not in _PRECISIONS else None,
+        "A gradient scaler scales the norms that are clipped, and half-precision weights round "
+        "the noise. Use one of the three.",
+    ),
+    Refusal(
+        "strategy",
+        "one device or the DDP strategy",
+        lambda s: s.strategy if s.strategy is not None and s.strategy not in _STRATEGIES else None,
+        "FSDP, DeepSpeed and the like shard gradients before they can be clipped per record. Use "
+        "strategy='ddp'.",
+    ),
+    Refusal(
+        "manual_optimization",
+        "automatic optimization",
+        lambda s: "automatic_optimization=False" if not s.automatic_optimization else None,
+        "With manual optimization a step may be taken outside the mechanism. Return the loss from "
+        "`training_step` and let Lightning step.",
+    ),
+    Refusal(
+        "dataloader_iter",
+        "a `training_step` that takes a batch",
+        lambda s: "one that takes `dataloader_iter`" if s.takes_dataloader_iter else None,
+        "It could consume batches that are never charged. Take `batch` instead.",
+    ),
+    Refusal(
+        "callbacks",
+        "no callback that steps, sums or rewires behind the mechanism",
+        lambda s: _some(c.__name__ for c in s.callbacks if _is_spoiler(c)),
+        "LearningRateFinder and BatchSizeFinder take raw steps on the data, others change "
+        "gradients or trainable parameters midway. Remove it; tune on public data.",
+    ),
+    Refusal(
+        "reloading",
+        "one data set for the whole fit",
+        lambda s: "reload_dataloaders_every_n_epochs > 0" if s.reloads_data else None,
+        "The sampling rate is fixed when training starts. Set it to 0.",
+    ),
+    Refusal(
+        "overfit_batches",
+        "overfit_batches=0",
+        lambda s: "overfit_batches > 0" if s.overfits_batches else None,
+        "Poisson sampling draws from the whole data set. Pass a smaller data set instead.",
+    ),
+    Refusal(
+        "one_loader",
+        "one training loader",
+        lambda s: str(s.loaders) if s.loaders is not None and s.loaders != 1 else None,
+        "A record in two loaders would be counted twice. Join them with ConcatDataset.",
+    ),
+    Refusal(
+        "map_style",
+        "a data set with a length and an index",
+        _map_style,
+        "Poisson sampling has to choose each record on its own. Use a map-style data set.",
+    ),
+    Refusal(
+        "loader_type",
+        "a torch.utils.data.DataLoader for training",
+        _loader_type,
+        "Its batches are to be replaced by Poisson-sampled ones. Return a plain DataLoader.",
+    ),
+    Refusal(
+        "batching",
+        "a loader that puts batches of batch_size together, in order",
+        _batching,
+        "Batches that are put together elsewhere cannot be Poisson-sampled. Give batch_size=... "
+        "alone; it becomes the expected batch size.",
+    ),
+    Refusal(
+        "sampler",
+        "shuffle=True or shuffle=False",
+        _sampler,
+        "Under DP the batches are Poisson-sampled, and the sampler would be ignored. Remove it; to "
+        "train on a part of the data use Subset.",
+    ),
+    Refusal(
+        "batch_beyond_data",
+        "an expected batch no larger than the data set",
+        _batch_beyond_data,
+        "The sampling rate would be above 1. Lower batch_size.",
+    ),
+)

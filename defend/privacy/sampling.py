@@ -1,0 +1,112 @@
+"""Poisson batches: each record joins each batch on its own, with probability q."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from defend.privacy.randomness import Randomness
+
+
+class Drawn(NamedTuple):
+    """What one rank was handed for one logical step.
+
+    Attributes:
+        records: how many of the rows are sampled records; they come first.
+        rows: rows in the batch, padding included.
+        chunks: chunks to run them in, the same on every rank.
+    """
+
+    records: int
+    rows: int
+    chunks: int
+
+
+class PoissonBatchSampler(Sampler[list[int]]):
+    """Yields the indices of Poisson-sampled batches, one list a step.
+
+    For each step every rank draws the same mask over the whole data set (so a record joins with
+    probability q exactly once, however many ranks there are) and takes every `world_size`-th hit.
+    A rank with fewer rows than chunks is padded with record 0, which `Drawn.records` leaves out of
+    the sum: an empty batch still takes its noised step, as the accounting assumes.
+
+    Args:
+        size: records in the data set.
+        sample_rate: q in (0, 1].
+        steps: batches in an epoch.
+        randomness: source of the masks; each step has a generator of its own.
+        first_step: called when an epoch starts; the number of its first step.
+        chunk_size: most rows of a rank in one chunk; None means one chunk.
+        rank: this process.
+        world_size: all processes.
+
+    Attributes:
+        drawn: a queue of what was yielded and not yet consumed, in order. The training step takes
+            one entry a batch; loader workers and prefetching cannot mix the order up.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        sample_rate: float,
+        steps: int,
+        randomness: Randomness,
+        *,
+        first_step: Callable[[], int] = lambda: 0,
+        chunk_size: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.size = size
+        self.sample_rate = sample_rate
+        self.steps = steps
+        self.randomness = randomness
+        self.first_step = first_step
+        self.chunk_size = chunk_size
+        self.rank = rank
+        self.world_size = world_size
+        self.drawn: deque[Drawn] = deque()
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.drawn.clear()
+        first = self.first_step()
+        for step in range(first, first + self.steps):
+            hits = self.sample(step)
+            largest = len(hits[:: self.world_size])  # rank 0 has the most
+            chunks = max(1, math.ceil(largest / self.chunk_size)) if self.chunk_size else 1
+            mine = hits[self.rank :: self.world_size]
+            padding = max(chunks - len(mine), 0)
+            self.drawn.append(Drawn(len(mine), len(mine) + padding, chunks))
+            yield mine + [0] * padding
+
+    def sample(self, step: int) -> list[int]:
+        """The records of the whole logical batch of one step, over all ranks."""
+        generator = self.randomness.generator("sampling", step)
+        # float64: the 24 bits of float32 would round a small q.
+        draws = torch.rand(self.size, generator=generator, dtype=torch.float64)
+        return (draws < self.sample_rate).nonzero().flatten().tolist()
+
+
+def poisson_loader(loader: DataLoader, sampler: PoissonBatchSampler) -> DataLoader:
+    """The user's loader with its batches drawn by `sampler`; everything else as it was."""
+    settings: dict[str, Any] = {
+        name: getattr(loader, name)
+        for name in (
+            "num_workers",
+            "collate_fn",
+            "pin_memory",
+            "timeout",
+            "worker_init_fn",
+            "multiprocessing_context",
+            "generator",
+            "prefetch_factor",
+            "persistent_workers",
+        )
+    }
+    return DataLoader(loader.dataset, batch_sampler=sampler, **settings)

@@ -1,0 +1,174 @@
+"""One logical DP-SGD step, in chunks: the state machine between backward and optimizer.step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from defend.errors import PrivacyError
+from defend.privacy.mechanism import add_noise_, clip_and_sum
+from defend.privacy.per_record import PerRecordGradients
+from defend.privacy.randomness import Randomness
+
+
+class PrivateStep:
+    """Turns the gradients of one logical batch into one noised gradient.
+
+    For each logical batch, in any training loop:
+
+        step.begin()
+        for chunk in chunks:
+            step.expect(rows, records)
+            loss(chunk).backward()
+            step.fold()             # clip each record, add to the sum, forget the rest
+        step.release()              # charge, add noise once, ÷ expected batch size → p.grad
+        optimizer.step()
+
+    Splitting into chunks changes nothing but the memory used. Across processes each one folds its
+    own rows; rank 0 adds the noise, then the sums are added up.
+
+    The optimizer is the user's own. A hook on it refuses any step whose gradients were not
+    released by this object, so that no un-noised gradient ever reaches the weights.
+
+    Args:
+        module: the model; per-record hooks are installed on it.
+        optimizer: its optimizer, holding exactly the trainable parameters.
+        noise_multiplier: σ ≥ 0.
+        max_grad_norm: C > 0.
+        expected_batch_size: B = q · N over all processes; what the sum is divided by.
+        randomness: source of the noise.
+        charge: called once a step *before* its noise is added; returns the number of the step,
+            or raises to prevent it.
+        rank: this process.
+        world_size: all processes.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        *,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        expected_batch_size: float,
+        randomness: Randomness,
+        charge: Callable[[], int],
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.noise_multiplier = noise_multiplier
+        self.max_grad_norm = max_grad_norm
+        self.expected_batch_size = expected_batch_size
+        self.randomness = randomness
+        self.rank = rank
+        self.world_size = world_size
+        self._charge = charge
+        self._sums: list[Tensor] | None = None
+        self._expected: tuple[int, int] | None = None
+        self._released = False
+        self._per_record = PerRecordGradients(module)
+        self._guard = optimizer.register_step_pre_hook(self._refuse_unreleased)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters, in the order of every list of gradients here."""
+        return list(self._per_record.parameters.values())
+
+    def begin(self) -> None:
+        """Open a logical batch. Whatever an abandoned one left behind is dropped, not added."""
+        self._per_record.clear()
+        self._sums = None
+        self._expected = None
+        self._released = False
+
+    def expect(self, rows: int, records: int) -> None:
+        """Announce the next chunk: `rows` rows, of which the first `records` count."""
+        self._expected = (rows, records)
+
+    def fold(self) -> None:
+        """After a chunk's backward: clip each record, add to the sum, drop its gradients."""
+        if self._expected is None:
+            raise PrivacyError("Expected `expect(rows, records)` before `fold()`.")
+        rows, records = self._expected
+        self._expected = None
+        gradients = self._per_record.read(rows)
+        weights = None
+        if records < rows:
+            weights = (torch.arange(rows, device=gradients[0].device) < records).float()
+        sums = clip_and_sum(gradients, self.max_grad_norm, weights)
+        if self._sums is None:
+            self._sums = sums
+        else:
+            for total, part in zip(self._sums, sums, strict=True):
+                total += part
+        self._per_record.clear()
+
+    def release(self) -> None:
+        """Charge the step, noise the sum, divide, and leave the result in every `p.grad`.
+
+        Raises:
+            PrivacyError: if no batch was folded since the last release.
+            BudgetError: from `charge`; nothing is released then.
+        """
+        if self._expected is not None:
+            self.fold()
+        if self._sums is None:
+            raise PrivacyError("Expected a folded batch before `release()`, got none.")
+        sums, self._sums = self._sums, None
+        number = self._charge()
+        if self.rank == 0:
+            add_noise_(
+                sums,
+                noise_multiplier=self.noise_multiplier,
+                max_grad_norm=self.max_grad_norm,
+                generator=self.randomness.generator("noise", number, sums[0].device),
+            )
+        if self.world_size > 1:
+            sums = _all_reduce(sums)
+        for parameter, total in zip(self.parameters, sums, strict=True):
+            parameter.grad = (total / self.expected_batch_size).to(parameter.dtype)
+        self._released = True
+
+    def close(self) -> None:
+        """Remove every hook and every private gradient."""
+        self._guard.remove()
+        self._sums = None
+        self._per_record.remove()
+
+    def _refuse_unreleased(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Optimizer pre-hook. A closure computes gradients inside the step: check after it."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._use_release()
+            return None
+
+        def checked() -> Any:
+            result = closure()
+            self._use_release()
+            return result
+
+        if len(args) > 1:
+            return (args[0], checked, *args[2:]), kwargs
+        return args, {**kwargs, "closure": checked}
+
+    def _use_release(self) -> None:
+        if not self._released:
+            self._per_record.clear()
+            raise PrivacyError(
+                "Expected one noised gradient for each optimizer step, got a step on gradients "
+                "without noise. Let the training loop take the steps: one batch, one step."
+            )
+        self._released = False
+
+
+def _all_reduce(sums: list[Tensor]) -> list[Tensor]:
+    """The sum over all processes, in one message."""
+    flat = torch.cat([s.flatten() for s in sums])
+    dist.all_reduce(flat)
+    parts = flat.split([s.numel() for s in sums])
+    return [part.view_as(s) for part, s in zip(parts, sums, strict=True)]
