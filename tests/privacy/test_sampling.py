@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch.utils.data import DataLoader, TensorDataset
+
+from defend.privacy import PoissonBatchSampler, Randomness
+from defend.privacy.sampling import poisson_loader
+
+N, Q, STEPS = 200, 0.1, 3000
+
+
+def sampler(steps=STEPS, size=N, rate=Q, **settings):
+    return PoissonBatchSampler(size, rate, steps, Randomness(insecure_seed=0), **settings)
+
+
+def follows_binomial(sizes, size=N, rate=Q):
+    """Chi-square test of batch sizes against Binomial(size, rate)."""
+    edges = stats.binom.ppf(np.linspace(0.1, 0.9, 9), size, rate)
+    cells = np.searchsorted(edges, sizes, side="left")
+    counts = np.bincount(cells, minlength=len(edges) + 1)
+    cumulative = np.concatenate([[0], stats.binom.cdf(edges, size, rate), [1]])
+    expected = np.diff(cumulative) * len(sizes)
+    return stats.chisquare(counts, expected).pvalue > 1e-4
+
+
+def test_batch_sizes_follow_the_binomial_and_fixed_ones_are_rejected():
+    sizes = [len(sampler().sample(step)) for step in range(STEPS)]
+    assert follows_binomial(sizes)
+    # Planted wrong answers: shuffled batches, a wrong rate, a Poisson *count* of records.
+    rng = np.random.default_rng(0)
+    assert not follows_binomial([int(N * Q)] * STEPS)
+    assert not follows_binomial(rng.binomial(N, 1.05 * Q, STEPS))
+    assert not follows_binomial(rng.poisson(N * Q, STEPS) + rng.integers(-2, 3, STEPS))
+
+
+def test_every_record_joins_equally_often_and_on_its_own():
+    joined = np.zeros((STEPS, N))
+    for step in range(STEPS):
+        joined[step, sampler().sample(step)] = 1
+    per_record = joined.sum(0)
+    deviation = np.sqrt(STEPS * Q * (1 - Q))
+    assert np.abs(per_record - STEPS * Q).max() < 5 * deviation
+    # Independent: correlations between records, and between steps, are those of chance.
+    correlation = np.corrcoef(joined[:, :50].T) - np.eye(50)
+    assert np.abs(correlation).max() < 5.5 / np.sqrt(STEPS)
+    lag = ((joined[1:] - Q) * (joined[:-1] - Q)).mean() / (Q * (1 - Q))
+    assert abs(lag) < 5 / np.sqrt(joined.size)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_ranks_share_one_mask_and_run_the_same_number_of_chunks(world, chunk_size):
+    samplers = [sampler(20, chunk_size=chunk_size, rank=r, world_size=world) for r in range(world)]
+    batches = [list(s) for s in samplers]
+    for step in range(20):
+        drawn = [s.drawn[step] for s in samplers]
+        real = [b[step][: d.records] for b, d in zip(batches, drawn, strict=True)]
+        assert sorted(i for part in real for i in part) == sampler().sample(step)
+        assert len({d.chunks for d in drawn}) == 1
+        for b, d in zip(batches, drawn, strict=True):
+            assert len(b[step]) == d.rows >= d.chunks
+            if chunk_size:
+                assert -(-d.rows // d.chunks) <= chunk_size
+
+
+def test_an_empty_batch_is_padded_and_counts_no_record():
+    empty = sampler(50, size=3, rate=0.01)
+    batches = list(empty)
+    drawn = list(empty.drawn)
+    assert any(d.records == 0 for d in drawn)
+    assert all(len(b) == d.rows == max(d.records, 1) for b, d in zip(batches, drawn, strict=True))
+
+
+def test_an_epoch_starts_where_the_step_count_says():
+    assert list(sampler(5, first_step=lambda: 7)) == [sampler().sample(s) for s in range(7, 12)]
+
+
+def test_a_new_epoch_forgets_batches_that_were_drawn_but_never_used():
+    once = sampler(5)
+    iterator = iter(once)
+    next(iterator), next(iterator)
+    list(once)
+    assert len(once.drawn) == 5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_keeps_the_users_settings_and_the_order(workers):
+    data = TensorDataset(torch.arange(N))
+    plain = DataLoader(
+        data, batch_size=20, shuffle=True, num_workers=workers, collate_fn=lambda rows: list(rows)
+    )
+    mine = sampler(6)
+    loader = poisson_loader(plain, mine)
+    assert len(loader) == 6
+    assert loader.collate_fn is plain.collate_fn
+    assert loader.num_workers == workers
+    for batch in loader:
+        drawn = mine.drawn.popleft()
+        assert len(batch) == drawn.rows
+    assert not mine.drawn
