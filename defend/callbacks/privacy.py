@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
 from defend.batching.chunks import count_rows, even_bounds, slice_rows
@@ -216,7 +217,9 @@ class DifferentialPrivacy(DefendCallback):
         self._resumed_at = int(checkpoint["global_step"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        planned = trainer.estimated_stepping_batches  # loads the training data if need be
+        if self._sampler is None:
+            trainer.fit_loop.setup_data()  # unless the optimizer's scheduler asked for it already
+        planned = trainer.estimated_stepping_batches
         check(Setup(module=pl_module, optimizers=tuple(trainer.optimizers)))
         sampler, randomness = self._sampler, self._randomness
         if sampler is None or randomness is None:
@@ -288,6 +291,13 @@ class DifferentialPrivacy(DefendCallback):
                 steps=remaining,
                 **budget,  # type: ignore[arg-type]
             )
+            if self.steps:
+                rank_zero_warn(
+                    f"ε = {self.epsilon:.4g} of {self.target_epsilon} was spent by {self.steps} "
+                    f"earlier steps, which leaves noise_multiplier={self._noise_multiplier:.4g} "
+                    "for the rest. If those trained another model on other data, use a new "
+                    "DifferentialPrivacy."
+                )
         self._plan = {"plan": plan, "noise_multiplier": self._noise_multiplier}
 
     # --- one step -----------------------------------------------------------------------------

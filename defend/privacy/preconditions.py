@@ -115,7 +115,7 @@ def _optimizer_count(setup: Setup) -> str | None:
 
 
 def _left_out(setup: Setup) -> str | None:
-    if setup.module is None or setup.optimizers is None:
+    if setup.module is None or not setup.optimizers:
         return None
     held = {id(p) for o in setup.optimizers for g in o.param_groups for p in g["params"]}
     return _some(

@@ -1,0 +1,219 @@
+"""Every refusal: found, named, and with a cure; and ordinary set-ups pass."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from defend import PrivacyError
+from defend.privacy.preconditions import REFUSALS, Setup, check
+
+DATA = TensorDataset(torch.rand(20, 3))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(DATA)
+
+
+class OwnLoader(DataLoader):
+    pass
+
+
+class LearningRateFinder:
+    pass
+
+
+class MyFinder(LearningRateFinder):
+    pass
+
+
+class Direct(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.layer = nn.Linear(3, 3)
+
+
+def linear():
+    return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+
+
+def optimizer(*modules, cls=torch.optim.SGD):
+    return cls([p for m in modules for p in m.parameters()], lr=0.1)
+
+
+def half_frozen_norm():
+    norm = nn.BatchNorm1d(3, affine=False).eval()
+    return nn.Sequential(nn.Linear(3, 3), norm)
+
+
+def with_optimizers(make):
+    module = linear()
+    return Setup(module=module, optimizers=make(module))
+
+
+CASES = [
+    ("batch_norm", Setup(module=nn.Sequential(nn.BatchNorm2d(3))), "BatchNorm2d at `0`.*GroupNorm"),
+    ("batch_norm", Setup(module=half_frozen_norm()), "BatchNorm1d at `1`.*ModuleValidator.fix"),
+    ("batch_norm", Setup(module=nn.SyncBatchNorm(3)), "SyncBatchNorm at `.`"),
+    (
+        "instance_norm_statistics",
+        Setup(module=nn.Sequential(nn.InstanceNorm2d(3, affine=True, track_running_stats=True))),
+        "InstanceNorm2d at `0`.*track_running_stats=False",
+    ),
+    ("fused_layer", Setup(module=nn.Sequential(nn.LSTM(3, 3))), "LSTM at `0`.*opacus.layers"),
+    (
+        "fused_layer",
+        Setup(module=nn.Sequential(nn.MultiheadAttention(4, 2))),
+        "MultiheadAttention at `0`",
+    ),
+    ("direct_parameters", Setup(module=Direct()), "parameters inside submodules, got `scale`"),
+    (
+        "nothing_to_train",
+        Setup(module=linear().requires_grad_(False)),
+        "at least one trainable parameter, got none",
+    ),
+    (
+        "one_optimizer",
+        with_optimizers(lambda m: (optimizer(m[0]), optimizer(m[1]))),
+        "exactly one optimizer, got 2",
+    ),
+    ("one_optimizer", with_optimizers(lambda m: ()), "exactly one optimizer, got 0"),
+    (
+        "parameters_left_out",
+        with_optimizers(lambda m: (optimizer(m[0]),)),
+        "every trainable parameter in the optimizer, got `1.weight` left out, `1.bias` left out",
+    ),
+    (
+        "foreign_parameters",
+        with_optimizers(lambda m: (optimizer(m, nn.Linear(2, 2)),)),
+        "got 2 that are not the module's",
+    ),
+    (
+        "several_closures",
+        with_optimizers(lambda m: (optimizer(m, cls=torch.optim.LBFGS),)),
+        "one gradient a step, got LBFGS",
+    ),
+    (
+        "gradient_accumulation",
+        Setup(accumulate_grad_batches=4),
+        "accumulate_grad_batches=1, got 4.*Raise the loader's batch_size",
+    ),
+    ("gradient_clipping", Setup(gradient_clip_val=1.0), "gradient_clip_val=None, got 1.0"),
+    ("precision", Setup(precision="16-mixed"), "got '16-mixed'.*gradient scaler"),
+    ("precision", Setup(precision="bf16-true"), "got 'bf16-true'"),
+    ("strategy", Setup(strategy="FSDPStrategy"), "got FSDPStrategy.*strategy='ddp'"),
+    ("strategy", Setup(strategy="DeepSpeedStrategy"), "got DeepSpeedStrategy"),
+    (
+        "manual_optimization",
+        Setup(automatic_optimization=False),
+        "automatic optimization, got automatic_optimization=False",
+    ),
+    ("dataloader_iter", Setup(takes_dataloader_iter=True), "takes a batch, got one that takes"),
+    ("callbacks", Setup(callbacks=(LearningRateFinder,)), "got LearningRateFinder.*raw steps"),
+    ("callbacks", Setup(callbacks=(MyFinder,)), "got MyFinder"),
+    ("reloading", Setup(reloads_data=True), "got reload_dataloaders_every_n_epochs > 0"),
+    ("overfit_batches", Setup(overfits_batches=True), "overfit_batches=0, got overfit_batches"),
+    ("one_loader", Setup(loaders=2), "one training loader, got 2.*ConcatDataset"),
+    (
+        "map_style",
+        Setup(loader=DataLoader(Stream(), batch_size=4)),
+        "got the iterable data set Stream",
+    ),
+    ("loader_type", Setup(loader=[[torch.rand(3, 3)]]), "DataLoader for training, got a .*list"),
+    ("loader_type", Setup(loader=OwnLoader(DATA)), "got a .*OwnLoader"),
+    ("batching", Setup(loader=DataLoader(DATA, batch_size=None)), "got batch_size=None"),
+    (
+        "batching",
+        Setup(loader=DataLoader(DATA, batch_sampler=list(BatchSampler(range(20), 4, False)))),
+        "got the batch sampler list",
+    ),
+    (
+        "batching",
+        Setup(loader=DataLoader(DATA, batch_size=4, num_workers=1, in_order=False)),
+        "got in_order=False",
+    ),
+    (
+        "sampler",
+        Setup(loader=DataLoader(DATA, 4, sampler=WeightedRandomSampler([1.0] * 20, 20))),
+        "shuffle=True or shuffle=False, got a WeightedRandomSampler",
+    ),
+    (
+        "sampler",
+        Setup(loader=DataLoader(DATA, 4, sampler=RandomSampler(DATA, replacement=True))),
+        r"got RandomSampler\(replacement=True, num_samples=20\)",
+    ),
+    (
+        "batch_beyond_data",
+        Setup(loader=DataLoader(DATA, 12), world_size=2),
+        "an expected batch of 24 from 20 records",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "setup", "message"), CASES)
+def test_is_refused_with_a_cure(name, setup, message):
+    with pytest.raises(PrivacyError, match=f"(?s)This run would not be private.*{message}"):
+        check(setup)
+    found = [r.name for r in REFUSALS if r.message(setup)]
+    assert found == [name]  # this one and no other
+
+
+def test_every_row_of_the_table_is_tested():
+    assert {name for name, _, _ in CASES} == {r.name for r in REFUSALS}
+
+
+def test_every_row_names_a_cure():
+    for refusal in REFUSALS:
+        assert refusal.cure.endswith(".")
+        assert len(refusal.cure) > 15
+
+
+def test_several_reasons_come_in_one_error():
+    setup = Setup(accumulate_grad_batches=2, gradient_clip_val=1.0, precision="16-mixed")
+    with pytest.raises(PrivacyError, match="for 3 reasons"):
+        check(setup)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        linear(),
+        nn.Linear(3, 2),
+        nn.Sequential(nn.GroupNorm(1, 3), nn.LayerNorm(3), nn.InstanceNorm2d(3)),
+        nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(), nn.Embedding(3, 3)),
+    ],
+)
+def test_ordinary_modules_pass(module):
+    check(Setup(module=module, optimizers=(optimizer(module),)))
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(DATA, 4),
+        DataLoader(DATA, 4, shuffle=True, drop_last=True),
+        DataLoader(DATA, 20),
+        DataLoader(Subset(DATA, range(10)), 4, shuffle=True),
+        DataLoader(DATA, 4, sampler=SequentialSampler(DATA)),
+        DataLoader(DATA, 4, sampler=DistributedSampler(DATA, 2, 0)),
+    ],
+)
+def test_ordinary_loaders_pass(loader):
+    check(Setup(loader=loader))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+def test_sound_precisions_pass(precision):
+    check(Setup(precision=precision))
