@@ -274,5 +274,6 @@ class PGD:
             target = y[start:stop]
             label = target if target.ndim == 1 else target.argmax(1)
             losses = self._losses_of(logits, target).float()
-            scores.append(losses.masked_fill(logits.argmax(1) != label, float("inf")))
+            fooled = (logits.argmax(1) != label) | ~losses.isfinite()
+            scores.append(losses.masked_fill(fooled, float("inf")))
         return torch.cat(scores)

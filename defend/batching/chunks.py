@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from defend.errors import InputError
@@ -39,7 +40,7 @@ def even_bounds(rows: int, count: int) -> list[tuple[int, int]]:
 
 
 def slice_rows(batch: Any, start: int, stop: int, rows: int) -> Any:
-    """Rows start…stop of a batch: every tensor and every list of scalars or strings is cut.
+    """Rows start…stop of a batch: every tensor, array and list of one object a record is cut.
 
     Args:
         batch: tensor, or list, tuple, dict, namedtuple or dataclass of tensors, nested at will.
@@ -54,7 +55,7 @@ def slice_rows(batch: Any, start: int, stop: int, rows: int) -> Any:
         InputError: for a tensor whose first dimension is not `rows`: nobody can tell which of
             its values belong to which record.
     """
-    if isinstance(batch, Tensor):
+    if isinstance(batch, Tensor | np.ndarray):
         if batch.ndim == 0:
             return batch
         if batch.shape[0] != rows:
@@ -73,8 +74,8 @@ def slice_rows(batch: Any, start: int, stop: int, rows: int) -> Any:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*map(cut, batch))
     if isinstance(batch, list | tuple):
-        if len(batch) == rows and all(isinstance(v, str | bytes | int | float) for v in batch):
-            return batch[start:stop]
+        if len(batch) == rows and count_rows(batch) != rows:
+            return batch[start:stop]  # one object a record: names, boxes, tensors of any length
         return type(batch)(map(cut, batch))
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.init}
@@ -84,7 +85,7 @@ def slice_rows(batch: Any, start: int, stop: int, rows: int) -> Any:
 
 def count_rows(batch: Any) -> int | None:
     """Rows of the first tensor found in a batch; None if it holds no tensor with rows."""
-    if isinstance(batch, Tensor):
+    if isinstance(batch, Tensor | np.ndarray):
         return batch.shape[0] if batch.ndim else None
     if isinstance(batch, Mapping):
         values = list(batch.values())

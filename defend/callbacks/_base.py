@@ -1,5 +1,10 @@
 """What all of defend's callbacks share: clean up however a run ends, and leave evidence."""
 
+import json
+import os
+import tempfile
+import uuid
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +19,16 @@ class DefendCallback(Callback):
     A subclass says what it did (`settings`, `results`) and how to clean up (`clean_up`). The last
     of them in a trainer's list writes the evidence for all, so that one run has one card whatever
     callbacks it has.
+
+    Strategies that fork or spawn (ddp_spawn, ddp_notebook) run the fit on copies of the callbacks
+    and bring back none of them. What a copy learned (`carried`) would be lost, spent ε included; so
+    rank 0 leaves it in a file whose name the original knows, and `receive` takes it up.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._home = os.getpid()
+        self._mailbox = str(Path(tempfile.gettempdir(), f"defend-{uuid.uuid4().hex}.json"))
 
     def settings(self) -> dict[str, Any]:
         """Facts known before the first step; logged as parameters `defend/<name>`."""
@@ -23,6 +37,25 @@ class DefendCallback(Callback):
     def results(self) -> dict[str, Any]:
         """Facts known after the last step; they go to the card."""
         return {}
+
+    def carried(self) -> dict[str, Any]:
+        """What must outlive a fit that ran in another process, as plain data."""
+        return {}
+
+    def receive(self, carried: dict[str, Any]) -> None:
+        """Take up what `carried` gave in that process."""
+
+    def collect(self, *, in_copy: bool = False) -> None:
+        """Take up what a fit in another process left, if one did.
+
+        Args:
+            in_copy: also where this object is itself such a copy (at the start of its fit).
+        """
+        mailbox = Path(self._mailbox)
+        if (in_copy or os.getpid() == self._home) and mailbox.exists():
+            self.receive(json.loads(mailbox.read_text()))
+            if os.getpid() == self._home:
+                mailbox.unlink()
 
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave trainer and module as they were. Called at the end of a fit, also a failed one."""
@@ -52,6 +85,11 @@ class DefendCallback(Callback):
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         Seams.unwrap(trainer)
         self.clean_up(trainer, pl_module)
+        if os.getpid() != self._home and trainer.is_global_zero and self.carried():
+            # Written whole or not at all: a reader never sees half a file.
+            draft = Path(f"{self._mailbox}.{os.getpid()}")
+            draft.write_text(json.dumps(self.carried()))
+            draft.replace(self._mailbox)
 
     def _writes_evidence(self, trainer: pl.Trainer) -> bool:
         return trainer.is_global_zero and _ours(trainer)[-1] is self

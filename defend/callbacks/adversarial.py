@@ -66,7 +66,7 @@ class AdversarialTraining(DefendCallback):
         if stage != "fit":
             return
         seams = Seams.of(trainer)
-        if seams.adversary is not None and seams.adversary is not self:
+        if seams.adversary not in (None, self):
             raise InputError("Expected one AdversarialTraining callback, got two.")
         seams.adversary = self
         self._trainer = trainer

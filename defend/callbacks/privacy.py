@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,9 +47,11 @@ class DifferentialPrivacy(DefendCallback):
     target.
 
     *Guarantee.* After training, the weights are (`epsilon`, δ)-DP for adding or removing one
-    record; `defend.privacy` says what is and is not covered. The loss must be the mean over the
-    rows of the batch; another scale changes what is clipped, not the guarantee. What would break
-    the guarantee in silence is refused before the first step.
+    record; `defend.privacy` says what is and is not covered. It rests on a loss that is the plain
+    mean over rows of what each row alone gives: no `weight=` in cross-entropy (its normalizer
+    depends on the other labels), no sum, no mixup, no statistics of the batch. Much of what would
+    break the guarantee in silence is refused before or at the first step; such a loss is not yet
+    detected.
 
     Logs `privacy/epsilon`: exact at each twentieth of the plan and at the end, and in between the
     next exact value, so never less than what was spent.
@@ -62,7 +65,7 @@ class DifferentialPrivacy(DefendCallback):
         chunk_size: most rows in one forward and backward; larger batches are split, with the same
             result. "auto": 256 rows. None: never split.
         insecure_seed: fix noise and sampling, to debug or test. The run is then *not private*,
-            and is tagged so.
+            and is tagged so, also after a resume without the seed.
 
     Raises:
         InputError: for settings out of range.
@@ -92,11 +95,14 @@ class DifferentialPrivacy(DefendCallback):
         self.chunk_size: int | None = (
             _AUTO_CHUNK if chunk_size == "auto" else chunk_size  # type: ignore[assignment]
         )
+        Randomness(insecure_seed)  # refuses a bad seed
         self.insecure_seed = insecure_seed
+        self._insecure = insecure_seed is not None  # now, or in what was resumed
         self._given_noise = noise_multiplier
         self._noise_multiplier = noise_multiplier
         self._sample_rate: float | None = None
         self._history: History = ()
+        self._run_id = uuid.uuid4().hex  # tells a rollback of this run from another run
         self._plan: dict[str, Any] | None = None
         self._end_of_fit()
 
@@ -112,38 +118,47 @@ class DifferentialPrivacy(DefendCallback):
         self._taken = 0
         self._spent_before: History = ()
         self._resumed_at: int | None = None
+        self._adopts_state = False
 
     # --- what a user reads --------------------------------------------------------------------
 
     @property
     def epsilon(self) -> float:
         """ε spent so far at `delta`; 0 before the first step."""
-        return accounting.epsilon(self._history, self.delta, self.accountant)
+        return accounting.epsilon(self.history, self.delta, self.accountant)
 
     @property
     def noise_multiplier(self) -> float | None:
         """σ; None until it is found at the start of `fit`."""
+        self.collect()
         return self._noise_multiplier
 
     @property
     def sample_rate(self) -> float | None:
         """q, the probability that a record joins a batch; None until the data is known."""
+        self.collect()
         return self._sample_rate
 
     @property
     def steps(self) -> int:
         """Steps charged so far, those before a resume included."""
-        return accounting.total_steps(self._history)
+        return accounting.total_steps(self.history)
 
     @property
     def history(self) -> History:
         """All that was charged: (noise_multiplier, sample_rate, steps) in order."""
+        self.collect()
         return self._history
+
+    @property
+    def private(self) -> bool:
+        """Whether `epsilon` means anything: no step used a fixed seed or went without noise."""
+        return not self._insecure and self._noise_multiplier != 0 and math.isfinite(self.epsilon)
 
     def settings(self) -> dict[str, Any]:
         sampler = self._sampler
         return {
-            "private": self.insecure_seed is None,
+            "private": self.private,
             "target_epsilon": self.target_epsilon,
             "delta": self.delta,
             "noise_multiplier": self._noise_multiplier,
@@ -164,13 +179,19 @@ class DifferentialPrivacy(DefendCallback):
         if stage != "fit":
             return
         check(_trainer_facts(trainer, pl_module))
+        self.collect(in_copy=True)
+        self.clean_up(trainer, pl_module)  # after a failed fit there may be something
         self._end_of_fit()
-        self._trainer = trainer
-        self._randomness = self._share_randomness(trainer)
         seams = Seams.of(trainer)
-        if seams.private is not None:
+        if seams.private not in (None, self):
             raise InputError("Expected one DifferentialPrivacy callback, got two.")
         seams.private = self
+        self._trainer = trainer
+        self._randomness = self._share_randomness(trainer)
+        # First in line: no other callback's hook sees a gradient before it is clipped and noised.
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        others = [c for c in callbacks if c is not self]
+        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
 
     def _share_randomness(self, trainer: pl.Trainer) -> Randomness:
         if self.insecure_seed is not None:
@@ -190,6 +211,11 @@ class DifferentialPrivacy(DefendCallback):
             )
         )
         records = len(loader.dataset)
+        if self.delta >= 1 / records:
+            rank_zero_warn(
+                f"delta={self.delta} is not below 1 / {records} records: a mechanism that "
+                "publishes one record in full would satisfy it. Choose a smaller delta."
+            )
         self._sample_rate = loader.batch_size * trainer.world_size / records
         self._sampler = PoissonBatchSampler(
             records,
@@ -206,7 +232,9 @@ class DifferentialPrivacy(DefendCallback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if trainer.state.fn != "fit":
+        # `validate` and `test` load callback states too; what was spent is not theirs to change.
+        self._adopts_state = trainer.state.fn == "fit"
+        if not self._adopts_state:
             return
         if self.state_key not in checkpoint.get("callbacks", {}):
             raise PrivacyError(
@@ -226,6 +254,12 @@ class DifferentialPrivacy(DefendCallback):
             raise PrivacyError(
                 "Expected training data at the start of fit, got none. Give the Trainer a training "
                 "loader, and do not set limit_train_batches=0."
+            )
+        if self._resumed_at is None and trainer.global_step > self.steps:
+            raise PrivacyError(
+                f"Expected every step of this Trainer to be private, got {trainer.global_step} "
+                f"steps of which {self.steps} were. Start with a new Trainer, from weights that "
+                "may be public."
             )
         done = trainer.global_step if self._resumed_at is None else self._resumed_at
         remaining = None if math.isinf(planned) else max(int(planned) - done, 0)
@@ -280,8 +314,9 @@ class DifferentialPrivacy(DefendCallback):
         assert self.target_epsilon is not None
         self._allowed = remaining
         if remaining == 0:
-            self._noise_multiplier = self._noise_multiplier or 0.0
-        elif self._plan is not None and self._plan["plan"] == plan and self.steps == done:
+            self._noise_multiplier = self._history[-1].noise_multiplier if self._history else 0.0
+            return
+        if self._plan is not None and self._plan["plan"] == plan and self.steps == done:
             # The same plan goes on after a resume, at the noise that was found for all of it.
             self._noise_multiplier = self._plan["noise_multiplier"]
         else:
@@ -395,13 +430,37 @@ class DifferentialPrivacy(DefendCallback):
         return {
             "history": [list(segment) for segment in self._history],
             "plan": self._plan,
+            "insecure": self._insecure,
+            "run_id": self._run_id,
             "delta": self.delta,
             "max_grad_norm": self.max_grad_norm,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._history = tuple(Segment(*segment) for segment in state_dict["history"])
+        """Take up what a checkpoint's run has spent; never less than what this object knows."""
+        if not self._adopts_state:
+            return
+        self._adopts_state = False
+        loaded = tuple(Segment(*segment) for segment in state_dict["history"])
+        if state_dict["run_id"] != self._run_id:
+            # Another run's weights: its steps count, and so do those taken here before.
+            for segment in self._history:
+                loaded = accounting.extend(loaded, segment)
+        if accounting.total_steps(loaded) >= accounting.total_steps(self._history):
+            self._history = loaded
         self._plan = state_dict["plan"]
+        self._run_id = state_dict["run_id"]
+        self._insecure |= state_dict["insecure"]
+
+    def carried(self) -> dict[str, Any]:
+        found = {"noise_multiplier": self._noise_multiplier, "sample_rate": self._sample_rate}
+        return {**self.state_dict(), **found}
+
+    def receive(self, carried: dict[str, Any]) -> None:
+        self._adopts_state = True
+        self.load_state_dict(carried)
+        self._noise_multiplier = carried["noise_multiplier"]
+        self._sample_rate = carried["sample_rate"]
 
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._step is not None:
@@ -429,6 +488,7 @@ def _trainer_facts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Setup:
         precision=trainer.precision,
         strategy=type(trainer.strategy).__name__,
         automatic_optimization=pl_module.automatic_optimization,
+        overrides_backward=type(pl_module).backward is not pl.LightningModule.backward,
         takes_dataloader_iter="dataloader_iter"
         in inspect.signature(pl_module.training_step).parameters,
         reloads_data=trainer.reload_dataloaders_every_n_epochs > 0,  # type: ignore[attr-defined]

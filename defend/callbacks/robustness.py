@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from defend.attacks.pgd import PGD, Attack
@@ -36,10 +37,17 @@ class RobustnessEvaluation(DefendCallback):
     works; with `every_n_epochs` above 1 give the checkpoint the same `every_n_epochs`. Also runs
     in `trainer.validate`.
 
+    Several validation loaders are counted together. Over several processes Lightning repeats a few
+    records to make the shares equal, and they are counted as it hands them out.
+
     Args:
         attacks: attacks by name, for example {"pgd20": PGD(Linf(8 / 255), steps=20)}.
-        every_n_epochs: evaluate after every so many epochs, and after the last.
-        max_records: evaluate so many validation records at most; None means all.
+        every_n_epochs: evaluate after every so many epochs, and after the last that the Trainer
+            plans. Whatever monitors `robust/…` must look as often (EarlyStopping: strict=False).
+            Where training ends between two evaluations, a warning says so and the card names the
+            step that was measured.
+        max_records: evaluate so many validation records at most, rounded up to equal shares of
+            all processes; None means all.
         curve_records: records for the robustness curve (accuracy by eps, of each ball's PGD with
             the most steps) after training; 0 means no curve.
         input_key: where the inputs are in a batch.
@@ -48,9 +56,6 @@ class RobustnessEvaluation(DefendCallback):
     Raises:
         InputError: for settings out of range; at the start of `fit`, if there is no validation.
 
-    Attributes:
-        report: the latest `RobustnessReport`, or None.
-        curves: accuracy by eps for each ball, after training.
     """
 
     def __init__(
@@ -77,10 +82,23 @@ class RobustnessEvaluation(DefendCallback):
         self.curve_records = curve_records
         self.input_key = input_key
         self.target_key = target_key
-        self.report: RobustnessReport | None = None
-        self.curves: dict[str, dict[float, float]] = {}
+        self._report: RobustnessReport | None = None
+        self._curves: dict[str, dict[float, float]] = {}
+        self._measured_at = -1
         self._meter: RobustnessMeter | None = None
         self._kept: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def report(self) -> RobustnessReport | None:
+        """The latest report, or None before the first evaluation."""
+        self.collect()
+        return self._report
+
+    @property
+    def curves(self) -> dict[str, dict[float, float]]:
+        """Accuracy by eps for each ball, after training."""
+        self.collect()
+        return self._curves
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.enable_validation:
@@ -99,7 +117,8 @@ class RobustnessEvaluation(DefendCallback):
         if trainer.state.fn != "fit" or trainer.should_stop:
             return True
         epoch = trainer.current_epoch + 1
-        return epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
+        last = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        return last or epoch % self.every_n_epochs == 0
 
     def on_validation_batch_end(
         self,
@@ -129,13 +148,20 @@ class RobustnessEvaluation(DefendCallback):
         if self._meter is None:
             return
         counts = self._meter.counts.to(pl_module.device, torch.float32)
-        self.report = self._meter.report(trainer.strategy.reduce(counts, reduce_op="sum").cpu())
-        self._meter = None
-        for name, value in self.report.metrics().items():
+        report = self._meter.report(trainer.strategy.reduce(counts, reduce_op="sum").cpu())
+        self._report, self._meter = report, None
+        self._measured_at = trainer.global_step
+        for name, value in report.metrics().items():
             # The figures are already those of all processes; sync_dist only confirms them.
             pl_module.log(name, value, prog_bar="worst_case" in name, sync_dist=True, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._measured_at != trainer.global_step:
+            rank_zero_warn(
+                f"Training ended at step {trainer.global_step} without a robustness evaluation of "
+                f"the final weights; the last one was at step {max(self._measured_at, 0)}. Run "
+                "trainer.validate, or set every_n_epochs=1."
+            )
         if not trainer.is_global_zero or not self._kept:
             return
         x, y = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
@@ -143,7 +169,7 @@ class RobustnessEvaluation(DefendCallback):
         with trainer.precision_plugin.forward_context():
             for ball, attack in self._curve_attacks().items():
                 radii = [share * attack.ball.eps for share in _CURVE]
-                self.curves[ball] = robustness_curve(pl_module, x, y, attack, radii)
+                self._curves[ball] = robustness_curve(pl_module, x, y, attack, radii)
 
     def _curve_attacks(self) -> dict[str, PGD]:
         chosen: dict[str, PGD] = {}
@@ -158,8 +184,20 @@ class RobustnessEvaluation(DefendCallback):
         return {f"evaluated/{name}": repr(attack) for name, attack in self.attacks.items()}
 
     def results(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {} if self.report is None else self.report.as_dict()
-        return {**facts, "curves": self.curves} if self.curves else facts
+        facts: dict[str, Any] = {}
+        if self._report is not None:
+            facts = {**self._report.as_dict(), "measured_at_step": self._measured_at}
+        return {**facts, "curves": self._curves} if self._curves else facts
+
+    def carried(self) -> dict[str, Any]:
+        curves = {ball: list(curve.items()) for ball, curve in self._curves.items()}
+        report = None if self._report is None else self._report.as_dict()
+        return {"report": report, "curves": curves}
+
+    def receive(self, carried: dict[str, Any]) -> None:
+        if carried["report"] is not None:
+            self._report = RobustnessReport(**carried["report"])
+        self._curves = {ball: dict(map(tuple, c)) for ball, c in carried["curves"].items()}
 
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._meter = None

@@ -206,4 +206,5 @@ def _is_right(model: Model, x: Tensor, y: Tensor) -> Tensor:
             "Expected logits of shape [N, classes] and class indices of shape [N], got "
             f"{tuple(logits.shape)} and {tuple(y.shape)}. Only classifiers can be evaluated."
         )
-    return logits.argmax(1) == y
+    # argmax of NaN is class 0: a model that has diverged would be right about it.
+    return (logits.argmax(1) == y) & logits.isfinite().all(1)

@@ -89,7 +89,7 @@ def _epsilon(history: History, delta: float, accountant: str) -> float:
     with warnings.catch_warnings():
         # "Optimal order is the largest alpha": the bound is valid, only loose.
         warnings.filterwarnings("ignore", message="Optimal order is the")
-        return float(machine.get_epsilon(delta))
+        return max(0.0, float(machine.get_epsilon(delta)))
 
 
 def noise_multiplier_for(

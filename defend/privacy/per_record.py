@@ -6,6 +6,7 @@ the keys of its state_dict stay as they are.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from defend.errors import PrivacyError
@@ -29,6 +30,7 @@ class PerRecordGradients:
 
         self.module = module
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self._checked: set[str] = set()
         # Opacus' backward hooks refuse in-place activations; out of place they compute the same.
         self._in_place = [m for m in module.modules() if getattr(m, "inplace", False) is True]
         try:
@@ -64,8 +66,7 @@ class PerRecordGradients:
             for g, p in zip(gradients, self.parameters.values(), strict=True)
         ]
 
-    @staticmethod
-    def _of(name: str, parameter: nn.Parameter, rows: int) -> Tensor | None:
+    def _of(self, name: str, parameter: nn.Parameter, rows: int) -> Tensor | None:
         gradient = getattr(parameter, "grad_sample", None)
         if gradient is None:
             if parameter.grad is None:
@@ -86,6 +87,9 @@ class PerRecordGradients:
                 f"{gradient.shape[0]}. Rows were concatenated, dropped or folded into the batch "
                 "dimension on the way; pass each record through as one row."
             )
+        if name not in self._checked:
+            self._checked.add(name)
+            _compare_with_autograd(name, parameter, gradient)
         return gradient
 
     def clear(self) -> None:
@@ -107,3 +111,21 @@ class PerRecordGradients:
         self._hooks.cleanup()
         for m in self._in_place:
             m.inplace = True  # type: ignore[assignment]
+
+
+def _compare_with_autograd(name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
+    """The mean of the per-record gradients must be the gradient that autograd found.
+
+    Checked once a parameter. Half precision rounds both, and TF32 the one.
+    """
+    if parameter.grad is None:
+        return
+    mean, total = gradient.float().mean(0), parameter.grad.float()
+    tolerance = 1e-2 if gradient.dtype in (torch.float32, torch.float64) else 1e-1
+    if (mean - total).norm() <= tolerance * total.norm() + 1e-6:
+        return
+    raise PrivacyError(
+        f"Expected per-record gradients of `{name}` that add up to its gradient, got a difference "
+        f"of {(mean - total).norm() / total.norm():.0%}: the weight is also used outside its own "
+        "module's forward (F.linear(h, layer.weight), say). Call the module instead."
+    )

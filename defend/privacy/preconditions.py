@@ -40,6 +40,7 @@ class Setup:
     strategy: str | None = None
     automatic_optimization: bool = True
     takes_dataloader_iter: bool = False
+    overrides_backward: bool = False
     reloads_data: bool = False
     overfits_batches: bool = False
     callbacks: tuple[type, ...] = ()
@@ -130,6 +131,16 @@ def _foreign(setup: Setup) -> str | None:
     held = [p for o in setup.optimizers for g in o.param_groups for p in g["params"]]
     count = sum(p.requires_grad and id(p) not in own for p in held)
     return f"{count} that are not the module's" if count else None
+
+
+def _parameter_hooks(setup: Setup) -> str | None:
+    if setup.module is None:
+        return None
+    return _some(
+        f"one on `{n}`"
+        for n, p in _trainable(setup.module).items()
+        if getattr(p, "_post_accumulate_grad_hooks", None) or getattr(p, "_backward_hooks", None)
+    )
 
 
 def _many_closures(setup: Setup) -> str | None:
@@ -278,6 +289,19 @@ REFUSALS = (
         "Each evaluation would be a release that is not charged. Use SGD, Adam or the like.",
     ),
     Refusal(
+        "parameter_hooks",
+        "no gradient hooks on parameters",
+        _parameter_hooks,
+        "They see gradients before clipping and noise, and may step on them (optimizer in "
+        "backward). Remove them.",
+    ),
+    Refusal(
+        "own_backward",
+        "Lightning's own `backward`",
+        lambda s: "a module that overrides it" if s.overrides_backward else None,
+        "It sees gradients before clipping and noise. Remove the override.",
+    ),
+    Refusal(
         "gradient_accumulation",
         "accumulate_grad_batches=1",
         lambda s: f"{s.accumulate_grad_batches}" if s.accumulate_grad_batches != 1 else None,
@@ -341,7 +365,8 @@ REFUSALS = (
         "one_loader",
         "one training loader",
         lambda s: str(s.loaders) if s.loaders is not None and s.loaders != 1 else None,
-        "A record in two loaders would be counted twice. Join them with ConcatDataset.",
+        "A record in two loaders would be counted twice. Use one loader over one data set in which "
+        "each record has one index.",
     ),
     Refusal(
         "map_style",

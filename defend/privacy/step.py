@@ -69,6 +69,9 @@ class PrivateStep:
         self._sums: list[Tensor] | None = None
         self._expected: tuple[int, int] | None = None
         self._released = False
+        self._versions: list[int] = []
+        self._module = module
+        self._optimizer = optimizer
         self._per_record = PerRecordGradients(module)
         self._guard = optimizer.register_step_pre_hook(self._refuse_unreleased)
 
@@ -78,11 +81,20 @@ class PrivateStep:
         return list(self._per_record.parameters.values())
 
     def begin(self) -> None:
-        """Open a logical batch. Whatever an abandoned one left behind is dropped, not added."""
+        """Open a logical batch.
+
+        Raises:
+            PrivacyError: if the last one was never stepped on. Every sampled batch is accounted
+                as one release; to drop some of them is another mechanism.
+        """
+        if self._sums is not None or self._released:
+            raise PrivacyError(
+                "Expected one optimizer step for each batch, got a batch without one. Do not skip "
+                "steps in `optimizer_step`; raise batch_size instead of accumulating."
+            )
         self._per_record.clear()
-        self._sums = None
         self._expected = None
-        self._released = False
+        self._versions = [p._version for p in self.parameters]
 
     def expect(self, rows: int, records: int) -> None:
         """Announce the next chunk: `rows` rows, of which the first `records` count."""
@@ -118,6 +130,12 @@ class PrivateStep:
         if self._sums is None:
             raise PrivacyError("Expected a folded batch before `release()`, got none.")
         sums, self._sums = self._sums, None
+        self._refuse_strays()
+        if self._versions != [p._version for p in self.parameters]:
+            raise PrivacyError(
+                "Expected the weights to stand still between a batch and its step, got weights "
+                "that changed. Something updates them without noise, in backward or in a hook."
+            )
         number = self._charge()
         if self.rank == 0:
             add_noise_(
@@ -156,7 +174,26 @@ class PrivateStep:
             return (args[0], checked, *args[2:]), kwargs
         return args, {**kwargs, "closure": checked}
 
+    def _refuse_strays(self) -> None:
+        """Only the parameters known at the start may train."""
+        known = {id(p) for p in self.parameters}
+        held = [p for group in self._optimizer.param_groups for p in group["params"]]
+        strays = {
+            id(p): p
+            for p in (*self._module.parameters(), *held)
+            if id(p) not in known and (p.requires_grad or p.grad is not None)
+        }
+        for p in strays.values():
+            p.grad = None
+        if strays:
+            raise PrivacyError(
+                f"Expected the parameters that were trainable at the start, got {len(strays)} more "
+                "(unfrozen, or added to the optimizer). Their gradients are neither clipped nor "
+                "noised. Decide what trains before fit; fit again to train more."
+            )
+
     def _use_release(self) -> None:
+        self._refuse_strays()
         if not self._released:
             self._per_record.clear()
             raise PrivacyError(

@@ -69,7 +69,8 @@ def _robustness(results: Mapping[str, Any]) -> str:
     rows.append(("worst case", results["worst_case_accuracy"]))
     table = _table(("attack", "accuracy"), [(n, f"{100 * v:.1f}%") for n, v in rows])
     return (
-        f"## Measured robustness ({results['records']} validation records)\n\n{table}\n\n"
+        f"## Measured robustness ({results['records']} validation records, "
+        f"after step {results['measured_at_step']})\n\n{table}\n\n"
         "An upper bound: a stronger attack may find more. Worst case counts a record as right "
         "only if it is right clean and under every attack."
     )

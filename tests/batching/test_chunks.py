@@ -1,6 +1,7 @@
 import collections
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,6 +65,16 @@ def test_slices_lists_of_scalars_and_strings():
     batch = {"x": X, "name": list("abcdefg"), "note": "all", "temperature": torch.tensor(1.0)}
     cut = slice_rows(batch, 1, 3, 7)
     assert (cut["name"], cut["note"], cut["temperature"].item()) == (["b", "c"], "all", 1.0)
+
+
+def test_slices_arrays_and_lists_of_one_object_a_record():
+    boxes = [torch.rand(i, 4) for i in range(7)]
+    batch = [X, [(i, "a") for i in range(7)], np.arange(7), boxes]
+    x, pairs, array, cut = slice_rows(batch, 2, 4, 7)
+    assert torch.equal(x, X[2:4])
+    assert pairs == [(2, "a"), (3, "a")]
+    assert array.tolist() == [2, 3]
+    assert cut == boxes[2:4]
 
 
 def test_refuses_a_tensor_that_is_not_per_record():

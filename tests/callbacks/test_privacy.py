@@ -316,15 +316,18 @@ def test_nobody_sees_a_gradient_without_noise():
             seen.append([p.grad for p in self.parameters()])
 
     class NosyCallback(Callback):
-        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        def look(self, trainer, pl_module, *args):
             seen.append([p.grad for p in pl_module.parameters()])
+            assert all(getattr(p, "grad_sample", None) is None for p in pl_module.parameters())
+
+        on_after_backward = on_before_optimizer_step = look
 
     pl.seed_everything(0)
     callback = private(noise_multiplier=sigma_only)
     trainer(callbacks=[NosyCallback(), callback, NosyCallback()], max_steps=1).fit(
         Nosy(), loader(256, 32)
     )
-    assert len(seen) == 3
+    assert len(seen) == 5
     for gradients in seen:
         assert all(g is None or g.abs().mean() > 1.0 for g in gradients)
 
@@ -403,6 +406,11 @@ class TwoOptimizers(Net):
         self.automatic_optimization = False
 
 
+class OwnBackward(Net):
+    def backward(self, loss):
+        loss.backward()
+
+
 class HalfTrained(Net):
     def configure_optimizers(self):
         return torch.optim.SGD(self.net[0].parameters(), lr=0.1)
@@ -424,6 +432,7 @@ def dropping(rows):
         (TwoOptimizers, None, {}, "automatic optimization"),
         (HalfTrained, None, {}, "`net.2.weight` left out"),
         (TakesIterator, None, {}, "dataloader_iter"),
+        (OwnBackward, None, {}, "overrides it"),
         (Skipping, None, {}, "got no gradient at all"),
         (Concatenating, None, {}, "in the gradient of `net.0.weight`"),
         (OutsideItsModule, None, {}, "gradient per record for `net.2.weight`"),
@@ -450,6 +459,67 @@ def test_refused_under_the_trainer(module, batches, settings, message):
 def test_a_skipped_chunk_is_refused():
     with pytest.raises(PrivacyError, match="a loss for every batch, got None"):
         fit(private(chunk_size=4), Skipping)
+
+
+def test_gradual_unfreezing_is_refused():
+    class Unfreezing(Net):
+        def __init__(self):
+            super().__init__()
+            self.net[0].requires_grad_(False)
+
+        def on_train_epoch_start(self):
+            self.net[0].requires_grad_(self.current_epoch > 0)
+
+    callback = private()
+    with pytest.raises(PrivacyError, match="trainable at the start, got 2 more"):
+        fit(callback, Unfreezing, max_epochs=2)
+    assert callback.steps == 8
+
+
+def test_accumulating_by_hand_is_refused():
+    class EverySecond(Net):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            if batch_idx % 2:
+                super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            else:
+                optimizer_closure()
+
+    with pytest.raises(PrivacyError, match="one optimizer step for each batch"):
+        fit(private(), EverySecond)
+
+
+def test_a_plan_in_steps_alone():
+    callback = private()
+    _, run = fit(callback, max_steps=5, max_epochs=None)
+    assert callback.steps == run.global_step == 5
+
+
+def test_a_fit_works_after_one_whose_clean_up_was_cut_short():
+    class Spoiling(Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            raise RuntimeError("worse luck")
+
+        def on_train_batch_end(self, *args):
+            raise RuntimeError("out of luck")
+
+    callback, module = private(), Net()
+    run = trainer(callbacks=[Spoiling(), callback])
+    with pytest.raises(RuntimeError):
+        run.fit(module, loader(256, 32))
+    fit(callback, module)
+    assert callback.steps == 1 + 8
+
+
+def test_a_delta_that_means_nothing_is_warned_about():
+    with pytest.warns(UserWarning, match=r"delta=0.1 is not below 1 / 256 records"):
+        fit(private(delta=0.1))
+
+
+def test_no_noise_is_not_private():
+    callback = private(noise_multiplier=0.0)
+    fit(callback, max_steps=1)
+    assert callback.epsilon == float("inf")
+    assert not callback.private
 
 
 def test_an_endless_plan_needs_the_noise():

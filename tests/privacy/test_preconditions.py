@@ -53,6 +53,12 @@ def optimizer(*modules, cls=torch.optim.SGD):
     return cls([p for m in modules for p in m.parameters()], lr=0.1)
 
 
+def hooked(register):
+    module = linear()
+    getattr(module[0].weight, register)(lambda p: None)
+    return module
+
+
 def half_frozen_norm():
     norm = nn.BatchNorm1d(3, affine=False).eval()
     return nn.Sequential(nn.Linear(3, 3), norm)
@@ -105,6 +111,13 @@ CASES = [
         with_optimizers(lambda m: (optimizer(m, cls=torch.optim.LBFGS),)),
         "one gradient a step, got LBFGS",
     ),
+    ("parameter_hooks", Setup(module=hooked("register_hook")), "got one on `0.weight`"),
+    (
+        "parameter_hooks",
+        Setup(module=hooked("register_post_accumulate_grad_hook")),
+        "optimizer in backward",
+    ),
+    ("own_backward", Setup(overrides_backward=True), "got a module that overrides it"),
     (
         "gradient_accumulation",
         Setup(accumulate_grad_batches=4),
@@ -125,7 +138,7 @@ CASES = [
     ("callbacks", Setup(callbacks=(MyFinder,)), "got MyFinder"),
     ("reloading", Setup(reloads_data=True), "got reload_dataloaders_every_n_epochs > 0"),
     ("overfit_batches", Setup(overfits_batches=True), "overfit_batches=0, got overfit_batches"),
-    ("one_loader", Setup(loaders=2), "one training loader, got 2.*ConcatDataset"),
+    ("one_loader", Setup(loaders=2), "one training loader, got 2.*one data set"),
     (
         "map_style",
         Setup(loader=DataLoader(Stream(), batch_size=4)),

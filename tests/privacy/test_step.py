@@ -214,23 +214,49 @@ def test_a_closure_may_release_inside_the_step():
     assert optimizer.step(closure).item() == 1.0
 
 
-def test_an_abandoned_batch_leaks_nothing_into_the_next():
+@pytest.mark.parametrize("released", [False, True])
+def test_a_batch_without_a_step_is_refused_not_dropped(released):
+    """Poisson masks are accounted as independent releases: none may be drawn again."""
     module = networks()["mlp"]
     step, _ = make(module)
     step.begin()
     backward(module, step)
-    step.release()
-    clean = [p.grad.clone() for p in step.parameters]
-    for fold in (False, True):
-        step.begin()
-        backward(module, step, rows=3)
-        if fold:
-            step.fold()
-        step.begin()
-        backward(module, step)
+    step.fold()
+    if released:
         step.release()
-        for p, expected in zip(step.parameters, clean, strict=True):
-            torch.testing.assert_close(p.grad, expected)
+    with pytest.raises(PrivacyError, match="one optimizer step for each batch"):
+        step.begin()
+
+
+@pytest.mark.parametrize("how", ["unfrozen", "added", "leftover"])
+def test_parameters_that_start_training_later_are_refused(how):
+    module = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    module[0].requires_grad_(False)
+    step, optimizer = make(module)
+    extra = nn.Linear(6, 6)
+    if how == "unfrozen":
+        module[0].requires_grad_(True)
+    elif how == "added":
+        optimizer.add_param_group({"params": extra.parameters()})
+    else:
+        module[0].weight.grad = torch.ones(6, 6)
+    step.begin()
+    backward(module, step)
+    with pytest.raises(PrivacyError, match="the parameters that were trainable at the start"):
+        step.release()
+    assert all(p.grad is None for p in module.parameters())
+    assert step._charge.count == 0
+
+
+def test_weights_that_move_between_batch_and_step_are_refused():
+    module = networks()["mlp"]
+    step, _ = make(module)
+    step.begin()
+    backward(module, step)
+    with torch.no_grad():
+        module[0].weight.sub_(0.1 * module[0].weight.grad)
+    with pytest.raises(PrivacyError, match="weights to stand still"):
+        step.release()
 
 
 class Misuse(nn.Module):
@@ -242,6 +268,8 @@ class Misuse(nn.Module):
     def forward(self, x):
         if self.how == "weight outside":
             return self.b(F.linear(x, self.a.weight))
+        if self.how == "weight outside too":
+            return self.b(F.linear(self.a(x), self.a.weight))
         if self.how == "concatenated":
             return self.b(torch.cat([x, x]))[: len(x)]
         if self.how == "folded":
@@ -253,6 +281,7 @@ class Misuse(nn.Module):
     ("how", "message"),
     [
         ("weight outside", "gradient per record for `a.weight`, got only their sum"),
+        ("weight outside too", "per-record gradients of `a.weight` that add up"),
         ("concatenated", r"7 rows, one a record, in the gradient of `b.weight`, got 14"),
         ("folded", r"7 rows, one a record, in the gradient of `b.weight`, got 14"),
         ("two backwards", "one backward a batch, got 2"),

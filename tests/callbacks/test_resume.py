@@ -1,0 +1,233 @@
+"""A run that is killed and resumed spends what the uninterrupted run spends."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from defend import AdversarialTraining, DifferentialPrivacy, PrivacyError
+from defend.privacy import epsilon
+from tests.helpers import Net, flat, loader, trainer
+from tests.processes import NOISE
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder, *, seed="none", kill_at=0, resume="none"):
+    folder.mkdir(exist_ok=True)
+    arguments = ["train_private", folder, seed, kill_at, resume]
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.processes", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def report(process):
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("seed", ["none", "11"])
+def test_kill_and_resume_in_mid_epoch(tmp_path, seed):
+    straight = report(run(tmp_path / "straight", seed=seed))
+    killed = run(tmp_path / "killed", seed=seed, kill_at=13)
+    assert killed.returncode == -signal.SIGKILL
+    last = tmp_path / "killed" / "step=12.ckpt"
+    assert last.exists()
+    resumed = report(run(tmp_path / "resumed", seed=seed, resume=last))
+
+    assert straight["epsilon"] == resumed["epsilon"] <= 4.0
+    assert straight["history"] == resumed["history"]
+    assert sum(steps for *_, steps in resumed["history"]) == 32
+    weights = [torch.tensor(r["weights"]) for r in (straight, resumed)]
+    if seed == "none":
+        # Fresh entropy: neither the same run again, nor the same noise after a resume.
+        assert not torch.allclose(*weights)
+        lines = [
+            json.loads(line)
+            for folder in ("killed", "resumed")
+            for line in (tmp_path / folder / NOISE).read_text().splitlines()
+        ]
+        replayed = [first for step, first in lines if step == 12]
+        assert len(replayed) == 2
+        assert replayed[0] != replayed[1]
+    else:
+        torch.testing.assert_close(*weights, rtol=0, atol=1e-7)
+
+
+def fit(callback, ckpt=None, **settings):
+    pl.seed_everything(0)
+    module = Net()
+    program = trainer(callbacks=[callback], **settings)
+    program.fit(module, loader(256, 32), ckpt_path=ckpt)
+    return module, program
+
+
+def private(**settings):
+    return DifferentialPrivacy(**{"delta": 1e-3, "max_grad_norm": 0.5, **settings})
+
+
+def test_a_longer_plan_after_a_resume_still_meets_the_target(tmp_path):
+    first = private(target_epsilon=4.0, accountant="rdp")
+    _, program = fit(first, max_epochs=4, limit_train_batches=4)
+    program.save_checkpoint(tmp_path / "a.ckpt")
+    second = private(target_epsilon=6.0, accountant="rdp")
+    fit(second, tmp_path / "a.ckpt", max_epochs=8, limit_train_batches=4)
+    assert second.steps == 32
+    assert len(second.history) == 2
+    assert 5.8 < second.epsilon <= 6.0
+    assert second.epsilon == epsilon(second.history, 1e-3, "rdp")
+
+
+def test_changed_noise_and_batch_size_are_accounted_as_they_were(tmp_path):
+    _, program = fit(private(noise_multiplier=1.0))
+    program.save_checkpoint(tmp_path / "a.ckpt")
+    second = private(noise_multiplier=2.0)
+    pl.seed_everything(0)
+    trainer(callbacks=[second], max_epochs=3).fit(
+        Net(), loader(256, 64), ckpt_path=tmp_path / "a.ckpt"
+    )
+    assert [segment[:2] for segment in second.history] == [(1.0, 1 / 8), (2.0, 1 / 4)]
+
+
+def test_an_exhausted_budget_stays_exhausted(tmp_path):
+    first = private(target_epsilon=2.0, noise_multiplier=1.0)
+    module, program = fit(first, max_epochs=20)
+    program.save_checkpoint(tmp_path / "a.ckpt")
+    second = private(target_epsilon=2.0, noise_multiplier=1.0)
+    resumed, _ = fit(second, tmp_path / "a.ckpt", max_epochs=20)
+    assert second.history == first.history
+    assert torch.equal(flat(resumed), flat(module))
+
+
+def test_a_checkpoint_without_a_privacy_record_is_refused(tmp_path):
+    program = trainer()
+    program.fit(Net(), loader(256, 32))
+    program.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(PrivacyError, match="a checkpoint of a private run, got one without"):
+        fit(private(noise_multiplier=1.0), tmp_path / "plain.ckpt", max_epochs=2)
+
+
+def test_checkpoints_hold_no_secret_and_load_as_weights_only(tmp_path):
+    callback = private(noise_multiplier=1.0)
+    roots = []
+
+    class Peek(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            roots.append(callback._randomness.root)
+
+    module = Net()
+    program = trainer(callbacks=[callback, Peek()])
+    program.fit(module, loader(256, 32))
+    program.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert str(roots[0]) not in str(checkpoint)
+    (state,) = [v for k, v in checkpoint["callbacks"].items() if "DifferentialPrivacy" in k]
+    assert set(state) == {"history", "plan", "insecure", "run_id", "delta", "max_grad_norm"}
+
+
+PLAIN = """
+import sys
+sys.modules["defend"] = sys.modules["opacus"] = None  # an import of either would raise
+import torch
+from tests.helpers import Net, flat
+module = Net.load_from_checkpoint(sys.argv[1], weights_only=True)
+assert type(module) is Net and not any(vars(p) for p in module.parameters())
+print(flat(module).tolist())
+"""
+
+
+def test_the_checkpoint_loads_into_the_plain_module_without_defend(tmp_path):
+    module, program = fit(private(noise_multiplier=1.0))
+    program.save_checkpoint(tmp_path / "a.ckpt")
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PLAIN, tmp_path / "a.ckpt"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout.splitlines()[-1]) == flat(module).tolist()
+
+
+def test_both_callbacks_keep_their_states_apart():
+    keys = {private(noise_multiplier=1.0).state_key, AdversarialTraining(lambda *a: a).state_key}
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("job", ["test", "validate", "predict"])
+def test_other_jobs_do_not_refund_what_was_spent(tmp_path, job):
+    callback = private(noise_multiplier=1.0)
+
+    class Full(Net):
+        def test_step(self, batch, batch_idx):
+            pass
+
+        def predict_step(self, batch, batch_idx):
+            pass
+
+    pl.seed_everything(0)
+    program = trainer(callbacks=[callback], max_steps=3, max_epochs=None)
+    module = Full()
+    program.fit(module, loader(256, 32))
+    program.save_checkpoint(tmp_path / "a.ckpt")
+    program = trainer(callbacks=[callback])
+    program.fit(module, loader(256, 32))
+    assert callback.steps == 11
+    settings = {} if job == "predict" else {"verbose": False}
+    getattr(program, job)(module, loader(16, 16), ckpt_path=tmp_path / "a.ckpt", **settings)
+    assert callback.steps == 11
+
+
+def test_a_rollback_does_not_refund(tmp_path):
+    callback = private(noise_multiplier=1.0)
+    _, program = fit(callback, max_steps=5)
+    program.save_checkpoint(tmp_path / "a.ckpt")
+    fit(callback, tmp_path / "a.ckpt", max_epochs=2, max_steps=12)
+    assert callback.steps == 12
+    # Back to step 5, and 3 steps more: 12 + 3 were released.
+    fit(callback, tmp_path / "a.ckpt", max_epochs=2, max_steps=8)
+    assert callback.steps == 15
+
+
+def test_steps_of_two_runs_add_up(tmp_path):
+    _, program = fit(private(noise_multiplier=1.0), max_steps=5)
+    program.save_checkpoint(tmp_path / "a.ckpt")
+    other = private(noise_multiplier=1.0)
+    fit(other, max_steps=4)
+    fit(other, tmp_path / "a.ckpt", max_epochs=2, max_steps=7)
+    assert other.steps == 5 + 4 + 2
+
+
+def test_a_fixed_seed_is_remembered_after_a_resume(tmp_path):
+    first = private(noise_multiplier=1.0, insecure_seed=0)
+    _, program = fit(first, max_steps=3)
+    program.save_checkpoint(tmp_path / "a.ckpt")
+    second = private(noise_multiplier=1.0)
+    assert second.private
+    fit(second, tmp_path / "a.ckpt")
+    assert not first.private
+    assert not second.private
+
+
+def test_a_finished_run_keeps_its_noise(tmp_path):
+    first = private(target_epsilon=4.0, accountant="rdp")
+    _, program = fit(first)
+    program.save_checkpoint(tmp_path / "a.ckpt")
+    second = private(target_epsilon=4.0, accountant="rdp")
+    fit(second, tmp_path / "a.ckpt")
+    assert second.noise_multiplier == first.noise_multiplier
+    assert second.history == first.history
+
+
+def test_a_private_fit_after_a_plain_one_on_the_same_trainer_is_refused():
+    program = trainer()
+    module = Net()
+    program.fit(module, loader(256, 32))
+    program.callbacks.append(private(noise_multiplier=1.0))
+    program.fit_loop.max_epochs = 2
+    with pytest.raises(PrivacyError, match="got 8 steps of which 0 were"):
+        program.fit(module, loader(256, 32))
