@@ -11,11 +11,15 @@ Add callbacks to a Trainer and change no line of the module:
     )
 """
 
+from typing import TYPE_CHECKING, Any
+
 from defend.attacks import PGD
-from defend.callbacks import AdversarialTraining, DifferentialPrivacy, RobustnessEvaluation
 from defend.errors import BudgetError, DefendError, InputError, PrivacyError
 from defend.evaluation import RobustnessReport, evaluate
 from defend.threat import L2, InputSpace, Linf
+
+if TYPE_CHECKING:
+    from defend.callbacks import AdversarialTraining, DifferentialPrivacy, RobustnessEvaluation
 
 __all__ = [
     "L2",
@@ -34,3 +38,18 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_CALLBACKS = ("AdversarialTraining", "DifferentialPrivacy", "RobustnessEvaluation")
+
+
+def __getattr__(name: str) -> Any:
+    """The callbacks, on first use: Lightning is slow to import and pulls in what is installed."""
+    if name in _CALLBACKS:
+        from defend import callbacks
+
+        return getattr(callbacks, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

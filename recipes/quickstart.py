@@ -63,7 +63,7 @@ class Digits(pl.LightningDataModule):
 class DigitNet(pl.LightningModule):
     """Two convolutions and two linear layers."""
 
-    def __init__(self, lr: float = 2e-3) -> None:
+    def __init__(self, lr: float = 5e-3) -> None:
         super().__init__()
         self.lr = lr
         self.net = nn.Sequential(
@@ -150,8 +150,8 @@ def picture(modules: dict[str, DigitNet], data: Digits, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--target-epsilon", type=float, default=8.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tracking-uri", default="sqlite:///mlflow.db")

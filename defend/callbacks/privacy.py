@@ -422,7 +422,8 @@ class DifferentialPrivacy(DefendCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics({"privacy/epsilon": self.epsilon}, step=trainer.global_step)
+            last = max(trainer.global_step - 1, 0)
+            logger.log_metrics({"privacy/epsilon": self.epsilon}, step=last)
 
     # --- afterwards ---------------------------------------------------------------------------
 

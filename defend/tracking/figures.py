@@ -48,7 +48,7 @@ def adversarial_examples_figure(
         for i, axis in enumerate(axes):
             axis.set(xticks=[], yticks=[])
             if i < len(images):
-                picture = images[i].detach().float().cpu().reshape(images[i].shape[-2:])
+                picture = images[i].detach().float().cpu().reshape(images[i].shape[-2:]).numpy()
                 axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
                 if captions and title in captions:
                     axis.set_title(captions[title][i], fontsize=8, pad=2)
