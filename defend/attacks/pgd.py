@@ -50,8 +50,17 @@ class _Room:
     upper: Tensor  # largest legal δ, ≥ 0
     std: Tensor | None  # raw units in one model unit; None where they are the same
     box: tuple[Tensor, Tensor]  # the legal box in model units
+    dtype: torch.dtype  # of the model's input
 
     def apply(self, delta: Tensor) -> Tensor:
+        """x + δ as the model sees it."""
+        return self._moved(delta).to(self.dtype)
+
+    def result(self, delta: Tensor) -> Tensor:
+        """x + δ, in the box in spite of rounding."""
+        return self._moved(delta).clamp_(*self.box).to(self.dtype)
+
+    def _moved(self, delta: Tensor) -> Tensor:
         return self.x + (delta if self.std is None else delta / self.std)
 
     def rows(self, start: int, stop: int) -> Self:
@@ -166,18 +175,17 @@ class PGD:
             # Clones made here are ordinary tensors even where x was made in inference mode.
             clean, y = x.detach().clone(), y.detach().clone() if y.is_inference() else y.detach()
             room = self._room(clean)
-            best = self._run(model, room, clean.dtype, y, generator, chunk_size)
+            best = self._run(model, room, y, generator, chunk_size)
             if self.restarts > 1:
-                score = partial(self._score, model, room, clean.dtype, y, chunk_size=chunk_size)
+                score = partial(self._score, model, room, y, chunk_size=chunk_size)
                 best_score = score(best)
                 for _ in range(self.restarts - 1):
-                    delta = self._run(model, room, clean.dtype, y, generator, chunk_size)
+                    delta = self._run(model, room, y, generator, chunk_size)
                     new_score = score(delta)
                     better = new_score > best_score
                     best[better] = delta[better]
                     best_score = torch.maximum(best_score, new_score)
-            low, high = room.box
-            return torch.clamp(room.apply(best), low, high).to(clean.dtype)
+            return room.result(best)
 
     def _check(self, x: Tensor, y: Tensor) -> None:
         if not x.is_floating_point():
@@ -209,13 +217,13 @@ class PGD:
             box=(low, high)
             if moments is None
             else ((low - moments[0]) / moments[1], (high - moments[0]) / moments[1]),
+            dtype=x.dtype,
         )
 
     def _run(
         self,
         model: Model,
         room: _Room,
-        dtype: torch.dtype,
         y: Tensor,
         generator: torch.Generator,
         chunk_size: int | None,
@@ -225,16 +233,14 @@ class PGD:
         else:
             delta = torch.zeros_like(room.x)
         for start, stop in chunk_bounds(len(delta), chunk_size):
-            self._ascend_(model, room.rows(start, stop), dtype, y[start:stop], delta[start:stop])
+            self._ascend_(model, room.rows(start, stop), y[start:stop], delta[start:stop])
         return delta
 
-    def _ascend_(
-        self, model: Model, room: _Room, dtype: torch.dtype, y: Tensor, delta: Tensor
-    ) -> None:
+    def _ascend_(self, model: Model, room: _Room, y: Tensor, delta: Tensor) -> None:
         """The loop. Writes the result into `delta`; no host-device sync inside."""
         step_size = self.effective_step_size
         for _ in range(self.steps):
-            adv = room.apply(delta).to(dtype).requires_grad_()
+            adv = room.apply(delta).requires_grad_()
             loss = self._losses(model, adv, y).sum()
             (grad,) = torch.autograd.grad(loss, adv)
             grad = grad.to(delta.dtype)
@@ -262,7 +268,6 @@ class PGD:
         self,
         model: Model,
         room: _Room,
-        dtype: torch.dtype,
         y: Tensor,
         delta: Tensor,
         chunk_size: int | None,
@@ -270,7 +275,7 @@ class PGD:
         """How good each record's δ is: +inf where it fools the model, else its loss."""
         scores = []
         for start, stop in chunk_bounds(len(delta), chunk_size):
-            logits = logits_of(model(room.rows(start, stop).apply(delta[start:stop]).to(dtype)))
+            logits = logits_of(model(room.rows(start, stop).apply(delta[start:stop])))
             target = y[start:stop]
             label = target if target.ndim == 1 else target.argmax(1)
             losses = self._losses_of(logits, target).float()

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from defend.batching.chunks import count_rows, even_bounds, slice_rows
 from defend.callbacks._base import DefendCallback
 from defend.callbacks._seams import Seams
-from defend.errors import BudgetError, InputError, PrivacyError
-from defend.privacy import accounting
-from defend.privacy.accounting import History, Segment
+from defend.errors import InputError, PrivacyError
+from defend.privacy.accounting import History
+from defend.privacy.budget import Budget
 from defend.privacy.preconditions import Setup, check
 from defend.privacy.randomness import Randomness
 from defend.privacy.sampling import PoissonBatchSampler, poisson_loader
@@ -26,8 +25,6 @@ ADJACENCY = "add or remove one record"
 
 # Per-record gradients take rows × parameters of memory. This many rows fit small machines.
 _AUTO_CHUNK = 256
-# ε is computed exactly this many times over a fit; in between, the next one is shown.
-_EPSILON_POINTS = 20
 
 
 class DifferentialPrivacy(DefendCallback):
@@ -85,9 +82,19 @@ class DifferentialPrivacy(DefendCallback):
         insecure_seed: int | None = None,
     ) -> None:
         super().__init__()
-        _check_settings(
-            delta, max_grad_norm, target_epsilon, noise_multiplier, accountant, chunk_size
+        self._budget = Budget(
+            delta=delta,
+            target_epsilon=target_epsilon,
+            noise_multiplier=noise_multiplier,
+            accountant=accountant,
+            insecure=insecure_seed is not None,
         )
+        if not 0 < max_grad_norm < math.inf:
+            raise InputError(f"Expected `max_grad_norm` to be > 0 and finite, got {max_grad_norm}.")
+        if chunk_size not in ("auto", None) and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise InputError(
+                f"Expected `chunk_size` to be 'auto', None or an integer ≥ 1, got {chunk_size!r}."
+            )
         self.delta = delta
         self.max_grad_norm = max_grad_norm
         self.target_epsilon = target_epsilon
@@ -97,13 +104,6 @@ class DifferentialPrivacy(DefendCallback):
         )
         Randomness(insecure_seed)  # refuses a bad seed
         self.insecure_seed = insecure_seed
-        self._insecure = insecure_seed is not None  # now, or in what was resumed
-        self._given_noise = noise_multiplier
-        self._noise_multiplier = noise_multiplier
-        self._sample_rate: float | None = None
-        self._history: History = ()
-        self._run_id = uuid.uuid4().hex  # tells a rollback of this run from another run
-        self._plan: dict[str, Any] | None = None
         self._end_of_fit()
 
     def _end_of_fit(self) -> None:
@@ -113,10 +113,6 @@ class DifferentialPrivacy(DefendCallback):
         self._sampler: PoissonBatchSampler | None = None
         self._step: PrivateStep | None = None
         self._ddp: DistributedDataParallel | None = None
-        self._allowed: float = math.inf  # steps that this fit may take
-        self._stride = 1
-        self._taken = 0
-        self._spent_before: History = ()
         self._resumed_at: int | None = None
         self._adopts_state = False
 
@@ -125,35 +121,38 @@ class DifferentialPrivacy(DefendCallback):
     @property
     def epsilon(self) -> float:
         """ε spent so far at `delta`; 0 before the first step."""
-        return accounting.epsilon(self.history, self.delta, self.accountant)
+        self.collect()
+        return self._budget.epsilon
 
     @property
     def noise_multiplier(self) -> float | None:
         """σ; None until it is found at the start of `fit`."""
         self.collect()
-        return self._noise_multiplier
+        return self._budget.noise_multiplier
 
     @property
     def sample_rate(self) -> float | None:
         """q, the probability that a record joins a batch; None until the data is known."""
         self.collect()
-        return self._sample_rate
+        return self._budget.sample_rate
 
     @property
     def steps(self) -> int:
         """Steps charged so far, those before a resume included."""
-        return accounting.total_steps(self.history)
+        self.collect()
+        return self._budget.steps
 
     @property
     def history(self) -> History:
         """All that was charged: (noise_multiplier, sample_rate, steps) in order."""
         self.collect()
-        return self._history
+        return self._budget.history
 
     @property
     def private(self) -> bool:
         """Whether `epsilon` means anything: no step used a fixed seed or went without noise."""
-        return not self._insecure and self._noise_multiplier != 0 and math.isfinite(self.epsilon)
+        self.collect()
+        return self._budget.private
 
     def settings(self) -> dict[str, Any]:
         sampler = self._sampler
@@ -161,9 +160,9 @@ class DifferentialPrivacy(DefendCallback):
             "private": self.private,
             "target_epsilon": self.target_epsilon,
             "delta": self.delta,
-            "noise_multiplier": self._noise_multiplier,
+            "noise_multiplier": self.noise_multiplier,
             "max_grad_norm": self.max_grad_norm,
-            "sample_rate": self._sample_rate,
+            "sample_rate": self.sample_rate,
             "records": sampler.size if sampler else None,
             "accountant": self.accountant,
             "adjacency": ADJACENCY,
@@ -216,13 +215,12 @@ class DifferentialPrivacy(DefendCallback):
                 f"delta={self.delta} is not below 1 / {records} records: a mechanism that "
                 "publishes one record in full would satisfy it. Choose a smaller delta."
             )
-        self._sample_rate = loader.batch_size * trainer.world_size / records
         self._sampler = PoissonBatchSampler(
             records,
-            self._sample_rate,
+            loader.batch_size * trainer.world_size / records,
             len(loader),
             randomness,
-            first_step=lambda: self.steps,
+            first_step=lambda: self._budget.steps,
             chunk_size=self.chunk_size,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
@@ -262,19 +260,16 @@ class DifferentialPrivacy(DefendCallback):
                 "may be public."
             )
         done = trainer.global_step if self._resumed_at is None else self._resumed_at
-        remaining = None if math.isinf(planned) else max(int(planned) - done, 0)
-        self._spent_before = self._history
-        self._set_noise(planned, done, remaining)
-        self._stride = math.ceil(min(remaining or 1000, self._allowed) / _EPSILON_POINTS) or 1
-        assert self._noise_multiplier is not None
+        self._budget.open(sample_rate=sampler.sample_rate, planned=planned, done=done)
+        assert self._budget.noise_multiplier is not None
         self._step = PrivateStep(
             pl_module,
             trainer.optimizers[0],
-            noise_multiplier=self._noise_multiplier,
+            noise_multiplier=self._budget.noise_multiplier,
             max_grad_norm=self.max_grad_norm,
             expected_batch_size=sampler.sample_rate * sampler.size,
             randomness=randomness,
-            charge=self._charge,
+            charge=self._budget.charge,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
@@ -283,57 +278,6 @@ class DifferentialPrivacy(DefendCallback):
             self._ddp = trainer.strategy.model
             self._ddp.require_backward_grad_sync = False
         self._stop_if_spent(trainer)
-
-    def _set_noise(self, planned: float, done: int, remaining: int | None) -> None:
-        """Find σ where it was not given, and how many steps may be taken with it."""
-        assert self._sample_rate is not None
-        budget = {"delta": self.delta, "accountant": self.accountant, "spent": self._history}
-        plan = {
-            "target_epsilon": self.target_epsilon,
-            "delta": self.delta,
-            "accountant": self.accountant,
-            "sample_rate": self._sample_rate,
-            "steps": None if remaining is None else int(planned),
-        }
-        if self._given_noise is not None:
-            self._noise_multiplier = self._given_noise
-            if self.target_epsilon is not None:
-                self._allowed = accounting.affordable_steps(
-                    self.target_epsilon,
-                    noise_multiplier=self._given_noise,
-                    sample_rate=self._sample_rate,
-                    limit=remaining,
-                    **budget,  # type: ignore[arg-type]
-                )
-            return
-        if remaining is None:
-            raise InputError(
-                "Expected a plan with an end to find the noise for `target_epsilon`, got "
-                "max_epochs=-1 and max_steps=-1. Set one of them, or give `noise_multiplier` too."
-            )
-        assert self.target_epsilon is not None
-        self._allowed = remaining
-        if remaining == 0:
-            self._noise_multiplier = self._history[-1].noise_multiplier if self._history else 0.0
-            return
-        if self._plan is not None and self._plan["plan"] == plan and self.steps == done:
-            # The same plan goes on after a resume, at the noise that was found for all of it.
-            self._noise_multiplier = self._plan["noise_multiplier"]
-        else:
-            self._noise_multiplier = accounting.noise_multiplier_for(
-                self.target_epsilon,
-                sample_rate=self._sample_rate,
-                steps=remaining,
-                **budget,  # type: ignore[arg-type]
-            )
-            if self.steps:
-                rank_zero_warn(
-                    f"ε = {self.epsilon:.4g} of {self.target_epsilon} was spent by {self.steps} "
-                    f"earlier steps, which leaves noise_multiplier={self._noise_multiplier:.4g} "
-                    "for the rest. If those trained another model on other data, use a new "
-                    "DifferentialPrivacy."
-                )
-        self._plan = {"plan": plan, "noise_multiplier": self._noise_multiplier}
 
     # --- one step -----------------------------------------------------------------------------
 
@@ -378,22 +322,6 @@ class DifferentialPrivacy(DefendCallback):
         if self._step is not None:
             self._step.release()
 
-    def _charge(self) -> int:
-        """Count a step before it is released. Returns its number, from 0."""
-        if self._taken >= self._allowed:
-            raise BudgetError(
-                f"Expected to stop at ε = {self.target_epsilon}, got a further step after "
-                f"{self.steps} that would exceed it. Remove min_epochs and min_steps, or raise "
-                "target_epsilon."
-            )
-        number = self.steps
-        assert self._noise_multiplier is not None
-        assert self._sample_rate is not None
-        segment = Segment(self._noise_multiplier, self._sample_rate, 1)
-        self._history = accounting.extend(self._history, segment)
-        self._taken += 1
-        return number
-
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -403,21 +331,16 @@ class DifferentialPrivacy(DefendCallback):
         batch_idx: int,
     ) -> None:
         pl_module.log(
-            "privacy/epsilon", self._epsilon_ahead(), on_step=True, prog_bar=True, batch_size=1
+            "privacy/epsilon",
+            self._budget.epsilon_ahead(),
+            on_step=True,
+            prog_bar=True,
+            batch_size=1,
         )
         self._stop_if_spent(trainer)
 
-    def _epsilon_ahead(self) -> float:
-        """ε at the next point of a coarse grid of steps: exact there, an upper bound before."""
-        assert self._noise_multiplier is not None
-        assert self._sample_rate is not None
-        ahead = min(math.ceil(self._taken / self._stride) * self._stride, self._allowed)
-        segment = Segment(self._noise_multiplier, self._sample_rate, int(ahead))
-        history = accounting.extend(self._spent_before, segment)
-        return accounting.epsilon(history, self.delta, self.accountant)
-
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
-        if self._taken >= self._allowed:
+        if self._budget.exhausted:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -428,40 +351,20 @@ class DifferentialPrivacy(DefendCallback):
     # --- afterwards ---------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "history": [list(segment) for segment in self._history],
-            "plan": self._plan,
-            "insecure": self._insecure,
-            "run_id": self._run_id,
-            "delta": self.delta,
-            "max_grad_norm": self.max_grad_norm,
-        }
+        return self._budget.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what a checkpoint's run has spent; never less than what this object knows."""
-        if not self._adopts_state:
-            return
-        self._adopts_state = False
-        loaded = tuple(Segment(*segment) for segment in state_dict["history"])
-        if state_dict["run_id"] != self._run_id:
-            # Another run's weights: its steps count, and so do those taken here before.
-            for segment in self._history:
-                loaded = accounting.extend(loaded, segment)
-        if accounting.total_steps(loaded) >= accounting.total_steps(self._history):
-            self._history = loaded
-        self._plan = state_dict["plan"]
-        self._run_id = state_dict["run_id"]
-        self._insecure |= state_dict["insecure"]
+        if self._adopts_state:
+            self._budget.merge(state_dict)
 
     def carried(self) -> dict[str, Any]:
-        found = {"noise_multiplier": self._noise_multiplier, "sample_rate": self._sample_rate}
-        return {**self.state_dict(), **found}
+        found = {"noise_multiplier": self._budget.noise_multiplier}
+        return {**self.state_dict(), **found, "sample_rate": self._budget.sample_rate}
 
     def receive(self, carried: dict[str, Any]) -> None:
-        self._adopts_state = True
-        self.load_state_dict(carried)
-        self._noise_multiplier = carried["noise_multiplier"]
-        self._sample_rate = carried["sample_rate"]
+        self._budget.merge(carried)
+        self._budget.noise_multiplier = carried["noise_multiplier"]
+        self._budget.sample_rate = carried["sample_rate"]
 
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._step is not None:
@@ -495,36 +398,4 @@ def _trainer_facts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Setup:
         reloads_data=trainer.reload_dataloaders_every_n_epochs > 0,  # type: ignore[attr-defined]
         overfits_batches=trainer.overfit_batches > 0,  # type: ignore[attr-defined]
         callbacks=tuple(type(c) for c in trainer.callbacks),  # type: ignore[attr-defined]
-    )
-
-
-def _check_settings(
-    delta: float,
-    max_grad_norm: float,
-    target_epsilon: float | None,
-    noise_multiplier: float | None,
-    accountant: str,
-    chunk_size: int | str | None,
-) -> None:
-    def expect(right: bool, what: str, got: Any, cure: str = "") -> None:
-        if not right:
-            raise InputError(f"Expected {what}, got {got!r}. {cure}".rstrip())
-
-    expect(0 < delta < 1, "`delta` to be in (0, 1)", delta, "1e-5 suits up to 10,000 records.")
-    expect(0 < max_grad_norm < math.inf, "`max_grad_norm` to be > 0 and finite", max_grad_norm)
-    expect(
-        target_epsilon is not None or noise_multiplier is not None,
-        "`target_epsilon`, `noise_multiplier` or both",
-        None,
-    )
-    if target_epsilon is not None:
-        expect(0 < target_epsilon < math.inf, "`target_epsilon` to be > 0", target_epsilon)
-    if noise_multiplier is not None:
-        expect(0 <= noise_multiplier < math.inf, "`noise_multiplier` to be ≥ 0", noise_multiplier)
-    known = accounting.ACCOUNTANTS
-    expect(accountant in known, f"`accountant` to be one of {known}", accountant)
-    expect(
-        chunk_size in ("auto", None) or (isinstance(chunk_size, int) and chunk_size >= 1),
-        "`chunk_size` to be 'auto', None or an integer ≥ 1",
-        chunk_size,
     )

@@ -23,12 +23,14 @@ from defend.privacy.accounting import (
     epsilon,
     noise_multiplier_for,
 )
+from defend.privacy.budget import Budget
 from defend.privacy.mechanism import add_noise_, clip_and_sum
 from defend.privacy.randomness import Randomness
 from defend.privacy.sampling import PoissonBatchSampler
 from defend.privacy.step import PrivateStep
 
 __all__ = [
+    "Budget",
     "PoissonBatchSampler",
     "PrivateStep",
     "Randomness",

@@ -128,7 +128,7 @@ def test_checkpoints_hold_no_secret_and_load_as_weights_only(tmp_path):
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert str(roots[0]) not in str(checkpoint)
     (state,) = [v for k, v in checkpoint["callbacks"].items() if "DifferentialPrivacy" in k]
-    assert set(state) == {"history", "plan", "insecure", "run_id", "delta", "max_grad_norm"}
+    assert set(state) == {"history", "plan", "insecure", "run_id"}
 
 
 PLAIN = """

@@ -178,3 +178,19 @@ def test_the_attack_is_charged_nothing():
     fit([adversarial(), both])
     fit([alone])
     assert both.history == alone.history
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_on_cuda(precision):
+    results = []
+    for chunk_size in (None, 8):
+        private_ = private(chunk_size=chunk_size)
+        evaluation = RobustnessEvaluation({"pgd": PGD(Linf(0.1), steps=3)})
+        module = fit([adversarial(), private_, evaluation], accelerator="gpu", precision=precision)
+        results.append(flat(module).cpu())
+        assert private_.steps == 8
+        assert evaluation.report.records == 16
+    tolerance = 1e-5 if precision == "32-true" else 1e-2
+    torch.testing.assert_close(*results, rtol=0, atol=tolerance)
+    assert not any(hasattr(p, "grad_sample") for p in module.parameters())

@@ -1,0 +1,109 @@
+import json
+import math
+
+import pytest
+
+from defend import BudgetError, InputError
+from defend.privacy import Budget, epsilon
+
+Q, DELTA = 0.1, 1e-3
+
+
+def budget(**settings):
+    return Budget(**{"delta": DELTA, "accountant": "rdp", "noise_multiplier": 1.0, **settings})
+
+
+def spend(account, steps, planned=math.inf, done=0):
+    account.open(sample_rate=Q, planned=planned, done=done)
+    for _ in range(steps):
+        account.charge()
+    return account
+
+
+def test_charges_are_numbered_counted_and_composed():
+    account = budget()
+    account.open(sample_rate=Q, planned=math.inf, done=0)
+    assert [account.charge() for _ in range(3)] == [0, 1, 2]
+    assert account.history == ((1.0, Q, 3),)
+    assert account.epsilon == epsilon([(1.0, Q, 3)], DELTA, "rdp")
+
+
+def test_no_charge_before_a_fit_is_opened():
+    with pytest.raises(BudgetError, match="got a further step after 0"):
+        budget().charge()
+
+
+def test_the_last_affordable_step_is_the_last():
+    account = budget(target_epsilon=2.0)
+    account.open(sample_rate=Q, planned=1000, done=0)
+    while not account.exhausted:
+        account.charge()
+    with pytest.raises(BudgetError, match=r"stop at ε = 2.0"):
+        account.charge()
+    assert account.epsilon <= 2.0
+    assert epsilon([(1.0, Q, account.steps + 1)], DELTA, "rdp") > 2.0
+
+
+@pytest.mark.parametrize("planned", [1, 7, 20, 33, 200])
+def test_epsilon_ahead_is_an_upper_bound_that_ends_exact(planned):
+    account = budget(noise_multiplier=None, target_epsilon=3.0)
+    account.open(sample_rate=Q, planned=planned, done=0)
+    exact = 0
+    for _ in range(planned):
+        account.charge()
+        assert account.epsilon - 1e-9 <= account.epsilon_ahead() <= 3.0
+        exact += account.epsilon_ahead() == account.epsilon
+    assert account.epsilon_ahead() == account.epsilon
+    assert exact >= min(planned, 17)
+    assert account.exhausted
+
+
+def test_a_resumed_plan_keeps_its_noise_and_a_changed_one_finds_another():
+    first = spend(budget(noise_multiplier=None, target_epsilon=3.0), 10, planned=40)
+    state = json.loads(json.dumps(first.state_dict()))  # plain data
+    same, longer = (budget(noise_multiplier=None, target_epsilon=3.0) for _ in range(2))
+    same.merge(state)
+    spend(same, 30, planned=40, done=10)
+    assert same.history == ((first.noise_multiplier, Q, 40),)
+    longer.merge(state)
+    with pytest.warns(UserWarning, match="was spent by 10 earlier steps"):
+        spend(longer, 70, planned=80, done=10)
+    assert longer.noise_multiplier > first.noise_multiplier
+    assert 2.9 < longer.epsilon <= 3.0
+
+
+def test_a_rollback_refunds_nothing_and_another_run_adds():
+    account = spend(budget(), 5)
+    early = account.state_dict()
+    spend(account, 5)
+    account.merge(early)
+    assert account.steps == 10
+    other = spend(budget(noise_multiplier=2.0), 3)
+    account.merge(other.state_dict())
+    assert account.steps == 13
+    assert {segment[0] for segment in account.history} == {1.0, 2.0}
+
+
+def test_what_is_not_private():
+    assert budget().private
+    assert not budget(insecure=True).private
+    assert not spend(budget(noise_multiplier=0.0), 1).private
+    tainted = budget()
+    tainted.merge(spend(budget(insecure=True), 1).state_dict())
+    assert not tainted.private
+
+
+def test_a_finished_plan_takes_no_step():
+    first = spend(budget(noise_multiplier=None, target_epsilon=3.0), 10, planned=10)
+    again = budget(noise_multiplier=None, target_epsilon=3.0)
+    again.merge(first.state_dict())
+    again.open(sample_rate=Q, planned=10, done=10)
+    assert again.exhausted
+    assert again.noise_multiplier == first.noise_multiplier
+
+
+def test_an_endless_plan_needs_the_noise():
+    with pytest.raises(InputError, match="a plan with an end to find the noise"):
+        budget(noise_multiplier=None, target_epsilon=1.0).open(
+            sample_rate=Q, planned=math.inf, done=0
+        )
