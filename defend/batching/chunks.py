@@ -33,6 +33,15 @@ def chunk_bounds(rows: int, chunk_size: int | None) -> list[tuple[int, int]]:
     return even_bounds(rows, -(-rows // chunk_size))
 
 
+def check_chunk_size(chunk_size: int | str | None) -> None:
+    """Refuse what is neither "auto", None nor an integer ≥ 1."""
+    if chunk_size in ("auto", None) or (isinstance(chunk_size, int) and chunk_size >= 1):
+        return
+    raise InputError(
+        f"Expected `chunk_size` to be 'auto', None or an integer ≥ 1, got {chunk_size!r}."
+    )
+
+
 def even_bounds(rows: int, count: int) -> list[tuple[int, int]]:
     """(start, stop) of `count` chunks of `rows` rows whose sizes differ by at most one."""
     cuts = [i * rows // count for i in range(count + 1)]

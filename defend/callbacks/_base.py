@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import uuid
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ class DefendCallback(Callback):
 
     Strategies that fork or spawn (ddp_spawn, ddp_notebook) run the fit on copies of the callbacks
     and bring back none of them. What a copy learned (`carried`) would be lost, spent ε included; so
-    rank 0 leaves it in a file whose name the original knows, and `receive` takes it up.
+    rank 0 keeps it in a file whose name the original knows, and `receive` takes it up.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._home = os.getpid()
         self._mailbox = str(Path(tempfile.gettempdir(), f"defend-{uuid.uuid4().hex}.json"))
+        self._is_rank_zero = False
+        weakref.finalize(self, _discard, self._mailbox, self._home)
 
     def settings(self) -> dict[str, Any]:
         """Facts known before the first step; logged as parameters `defend/<name>`."""
@@ -57,6 +60,16 @@ class DefendCallback(Callback):
             if os.getpid() == self._home:
                 mailbox.unlink()
 
+    def post(self) -> None:
+        """In a copy on rank 0: leave what it learned so far. Elsewhere: nothing."""
+        carried = self.carried()
+        if os.getpid() == self._home or not self._is_rank_zero or not carried:
+            return
+        # Written whole or not at all: a reader never sees half a file, and a crash loses nothing.
+        draft = Path(f"{self._mailbox}.{os.getpid()}")
+        draft.write_text(json.dumps(carried))
+        draft.replace(self._mailbox)
+
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave trainer and module as they were. Called at the end of a fit, also a failed one."""
 
@@ -72,27 +85,33 @@ class DefendCallback(Callback):
 
             _evidence.log_card(trainer, _gather(trainer, "settings"), _gather(trainer, "results"))
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._is_rank_zero = trainer.is_global_zero
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._end(trainer, pl_module)
+        self.post()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        # Lightning calls this instead of `teardown` when a run fails.
+        # Lightning calls this instead of `teardown` when a run fails; for spawned processes, in the
+        # original only.
+        self.collect()
         self._end(trainer, pl_module)
 
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         Seams.unwrap(trainer)
         self.clean_up(trainer, pl_module)
-        if os.getpid() != self._home and trainer.is_global_zero and self.carried():
-            # Written whole or not at all: a reader never sees half a file.
-            draft = Path(f"{self._mailbox}.{os.getpid()}")
-            draft.write_text(json.dumps(self.carried()))
-            draft.replace(self._mailbox)
 
     def _writes_evidence(self, trainer: pl.Trainer) -> bool:
         return trainer.is_global_zero and _ours(trainer)[-1] is self
+
+
+def _discard(mailbox: str, home: int) -> None:
+    if os.getpid() == home:
+        Path(mailbox).unlink(missing_ok=True)
 
 
 def _ours(trainer: pl.Trainer) -> list[DefendCallback]:

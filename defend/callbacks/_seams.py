@@ -13,18 +13,25 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
+import torch
 
 
 class BatchTransform(Protocol):
     """Registered by adversarial training: replaces a batch before the user's step sees it."""
 
-    def transform(self, batch: Any, chunk_size: int | None) -> Any: ...
+    def transform(self, batch: Any) -> Any: ...
 
 
 class StepRunner(Protocol):
-    """Registered by differential privacy: replaces the loader, and runs the step in chunks."""
+    """Registered by differential privacy: replaces the loader, and runs the step in chunks.
+
+    An attack before a private step works in chunks of the same size and starts from the numbers
+    of `attack_generator`.
+    """
 
     chunk_size: int | None
+
+    def attack_generator(self, device: torch.device) -> torch.Generator: ...
 
     def replace_loader(self, loader: Any) -> Any: ...
 
@@ -70,8 +77,7 @@ class Seams:
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands in for `strategy.training_step`."""
         if self.adversary is not None:
-            chunk_size = None if self.private is None else self.private.chunk_size
-            batch = self.adversary.transform(batch, chunk_size)
+            batch = self.adversary.transform(batch)
         if self.private is None:
             return self._training_step(batch, *args, **kwargs)
 

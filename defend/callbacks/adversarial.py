@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import torch
 
 from defend.attacks.pgd import Attack
+from defend.batching.chunks import check_chunk_size
 from defend.batching.fields import get_field, with_field
 from defend.callbacks._base import DefendCallback, describe_attack
 from defend.callbacks._seams import Seams
@@ -23,7 +24,9 @@ class AdversarialTraining(DefendCallback):
     The attack calls the module's `forward`, which must return logits (or an object with
     `logits`), in eval mode and under the trainer's precision. Its random starts come from a
     generator of its own, seeded from `seed_everything` and kept in the checkpoint, so that a
-    resumed run continues as the uninterrupted one would.
+    resumed run continues as the uninterrupted one would. Under `DifferentialPrivacy` they are
+    secret and new at each run: were they known, leaving one record out would change the starts of
+    all records after it, and with them the clipped sum by more than C.
 
     Args:
         attack: what to train against, for example `PGD(Linf(8 / 255), steps=10)`.
@@ -51,46 +54,51 @@ class AdversarialTraining(DefendCallback):
             raise InputError(
                 f"Expected `attack` to be an attack such as PGD(Linf(8 / 255)), got {attack!r}."
             )
-        if chunk_size not in ("auto", None) and (not isinstance(chunk_size, int) or chunk_size < 1):
-            raise InputError(
-                f"Expected `chunk_size` to be 'auto', None or an integer ≥ 1, got {chunk_size!r}."
-            )
+        check_chunk_size(chunk_size)
         self.attack = attack
         self.input_key = input_key
         self.target_key = target_key
         self.chunk_size = chunk_size
         self._seed: int | None = None
         self._trainer: pl.Trainer | None = None
+        self._seams: Seams | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         seams = Seams.of(trainer)
         if seams.adversary not in (None, self):
             raise InputError("Expected one AdversarialTraining callback, got two.")
         seams.adversary = self
-        self._trainer = trainer
+        self._trainer, self._seams = trainer, seams
         if self._seed is None:
             # Read, not drawn: the global RNG stays where it is.
             self._seed = torch.initial_seed() % 2**62
 
-    def transform(self, batch: Any, chunk_size: int | None) -> Any:
+    def transform(self, batch: Any) -> Any:
         """The batch with its inputs replaced by adversarial ones; the batch itself is untouched."""
-        trainer = self._trainer
+        trainer, seams = self._trainer, self._seams
         assert trainer is not None
+        assert seams is not None
         x, y = get_field(batch, self.input_key), get_field(batch, self.target_key)
         if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
             raise InputError(
                 f"Expected tensors at input_key={self.input_key!r} and "
                 f"target_key={self.target_key!r}, got {type(x).__name__} and {type(y).__name__}."
             )
+        if seams.private is None:
+            generator, chunk_size = self._generator(trainer, x.device), None
+        else:
+            generator = seams.private.attack_generator(x.device)
+            chunk_size = seams.private.chunk_size
         size = chunk_size if self.chunk_size == "auto" else self.chunk_size
         with trainer.precision_plugin.forward_context():
             x_adv = self.attack(
                 trainer.lightning_module,
                 x,
                 y,
-                generator=self._generator(trainer, x.device),
+                generator=generator,
                 chunk_size=size,  # type: ignore[arg-type]
             )
         return with_field(batch, self.input_key, x_adv)
@@ -112,4 +120,4 @@ class AdversarialTraining(DefendCallback):
         self._seed = state_dict["seed"]
 
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._trainer = None
+        self._trainer = self._seams = None

@@ -10,14 +10,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
-from defend.batching.chunks import count_rows, even_bounds, slice_rows
+from defend.batching.chunks import check_chunk_size, count_rows, even_bounds, slice_rows
 from defend.callbacks._base import DefendCallback
 from defend.callbacks._seams import Seams
 from defend.errors import InputError, PrivacyError
 from defend.privacy.accounting import History
 from defend.privacy.budget import Budget
 from defend.privacy.preconditions import Setup, check
-from defend.privacy.randomness import Randomness
+from defend.privacy.randomness import Randomness, make_global_rng_secret
 from defend.privacy.sampling import PoissonBatchSampler, poisson_loader
 from defend.privacy.step import PrivateStep
 
@@ -43,6 +43,10 @@ class DifferentialPrivacy(DefendCallback):
     `noise_multiplier` to set σ; with both, training stops before the step that would exceed the
     target.
 
+    The global RNGs of torch, numpy and Python are seeded from the OS during the fit, since dropout
+    masks and augmentations must not be known either, and put back afterwards; so a private run
+    does not repeat, whatever `seed_everything` says.
+
     *Guarantee.* After training, the weights are (`epsilon`, δ)-DP for adding or removing one
     record; `defend.privacy` says what is and is not covered. It rests on a loss that is the plain
     mean over rows of what each row alone gives: no `weight=` in cross-entropy (its normalizer
@@ -52,6 +56,9 @@ class DifferentialPrivacy(DefendCallback):
 
     Logs `privacy/epsilon`: exact at each twentieth of the plan and at the end, and in between the
     next exact value, so never less than what was spent.
+
+    This callback moves to the front of the Trainer's list. Hooks that run after a backward find no
+    gradient (`p.grad` is None); from `on_before_optimizer_step` on they find the noised one.
 
     Args:
         delta: δ in (0, 1), well below 1 / number of records.
@@ -91,10 +98,7 @@ class DifferentialPrivacy(DefendCallback):
         )
         if not 0 < max_grad_norm < math.inf:
             raise InputError(f"Expected `max_grad_norm` to be > 0 and finite, got {max_grad_norm}.")
-        if chunk_size not in ("auto", None) and (not isinstance(chunk_size, int) or chunk_size < 1):
-            raise InputError(
-                f"Expected `chunk_size` to be 'auto', None or an integer ≥ 1, got {chunk_size!r}."
-            )
+        check_chunk_size(chunk_size)
         self.delta = delta
         self.max_grad_norm = max_grad_norm
         self.target_epsilon = target_epsilon
@@ -114,7 +118,8 @@ class DifferentialPrivacy(DefendCallback):
         self._step: PrivateStep | None = None
         self._ddp: DistributedDataParallel | None = None
         self._resumed_at: int | None = None
-        self._adopts_state = False
+        self._adopts_state = True
+        self._restore_global_rng: Callable[[], None] | None = None
 
     # --- what a user reads --------------------------------------------------------------------
 
@@ -175,6 +180,7 @@ class DifferentialPrivacy(DefendCallback):
     # --- before the first step ----------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         check(_trainer_facts(trainer, pl_module))
@@ -187,6 +193,8 @@ class DifferentialPrivacy(DefendCallback):
         seams.private = self
         self._trainer = trainer
         self._randomness = self._share_randomness(trainer)
+        if self.insecure_seed is None:
+            self._restore_global_rng = make_global_rng_secret()
         # First in line: no other callback's hook sees a gradient before it is clipped and noised.
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         others = [c for c in callbacks if c is not self]
@@ -253,6 +261,11 @@ class DifferentialPrivacy(DefendCallback):
                 "Expected training data at the start of fit, got none. Give the Trainer a training "
                 "loader, and do not set limit_train_batches=0."
             )
+        if trainer.ckpt_path is not None and self._resumed_at is None:
+            raise PrivacyError(
+                "Expected a checkpoint with callback states, got one without: what its steps spent "
+                "is not known. Save full checkpoints, or load public weights and fit without one."
+            )
         if self._resumed_at is None and trainer.global_step > self.steps:
             raise PrivacyError(
                 f"Expected every step of this Trainer to be private, got {trainer.global_step} "
@@ -269,7 +282,7 @@ class DifferentialPrivacy(DefendCallback):
             max_grad_norm=self.max_grad_norm,
             expected_batch_size=sampler.sample_rate * sampler.size,
             randomness=randomness,
-            charge=self._budget.charge,
+            charge=self._charge,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
@@ -278,6 +291,19 @@ class DifferentialPrivacy(DefendCallback):
             self._ddp = trainer.strategy.model
             self._ddp.require_backward_grad_sync = False
         self._stop_if_spent(trainer)
+
+    def attack_generator(self, device: torch.device) -> torch.Generator:
+        """Secret numbers for the random starts of this rank's records in the current step."""
+        trainer, randomness = self._trainer, self._randomness
+        assert trainer is not None
+        assert randomness is not None
+        rank = trainer.global_rank
+        return randomness.generator("attack", self._budget.steps, device, rank=rank)
+
+    def _charge(self) -> int:
+        number = self._budget.charge()
+        self.post()
+        return number
 
     # --- one step -----------------------------------------------------------------------------
 
@@ -351,15 +377,18 @@ class DifferentialPrivacy(DefendCallback):
     # --- afterwards ---------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
+        self.collect()
         return self._budget.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.collect()
         if self._adopts_state:
             self._budget.merge(state_dict)
+        self._adopts_state = True
 
     def carried(self) -> dict[str, Any]:
         found = {"noise_multiplier": self._budget.noise_multiplier}
-        return {**self.state_dict(), **found, "sample_rate": self._budget.sample_rate}
+        return {**self._budget.state_dict(), **found, "sample_rate": self._budget.sample_rate}
 
     def receive(self, carried: dict[str, Any]) -> None:
         self._budget.merge(carried)
@@ -371,7 +400,9 @@ class DifferentialPrivacy(DefendCallback):
             self._step.close()
         if self._ddp is not None:
             self._ddp.require_backward_grad_sync = True
-        self._step = self._ddp = self._trainer = None
+        if self._restore_global_rng is not None:
+            self._restore_global_rng()
+        self._step = self._ddp = self._trainer = self._restore_global_rng = None
         self._randomness = None
 
 

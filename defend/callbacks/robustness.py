@@ -192,9 +192,10 @@ class RobustnessEvaluation(DefendCallback):
     def carried(self) -> dict[str, Any]:
         curves = {ball: list(curve.items()) for ball, curve in self._curves.items()}
         report = None if self._report is None else self._report.as_dict()
-        return {"report": report, "curves": curves}
+        return {"report": report, "curves": curves, "measured_at": self._measured_at}
 
     def receive(self, carried: dict[str, Any]) -> None:
+        self._measured_at = carried["measured_at"]
         if carried["report"] is not None:
             self._report = RobustnessReport(**carried["report"])
         self._curves = {ball: dict(map(tuple, c)) for ball, c in carried["curves"].items()}

@@ -14,7 +14,8 @@ from defend.errors import InputError
 ACCOUNTANTS = ("prv", "rdp")
 
 _MOST_NOISE = 1e4
-_LEAST_NOISE = 0.1  # PRV's mesh explodes as σ → 0, and nobody wants such a σ
+_LEAST_NOISE = 0.1  # nobody wants less
+_LEAST_NOISE_FOR_PRV = 0.4
 _MOST_STEPS = 2**24
 _PRECISION = 1e-3  # relative, of σ; never at the expense of the target
 
@@ -58,6 +59,7 @@ def epsilon(history: Iterable[Segment], delta: float, accountant: str = "prv") -
         history: what was run, in order; order does not change ε.
         delta: δ in (0, 1); choose it well below 1 / number of records.
         accountant: "prv" (tight; floor near 0.01) or "rdp" (looser; floor near 0.1 at δ = 1e-5).
+            Below σ = 0.4 "prv" falls back to "rdp".
 
     Returns:
         ε ≥ 0: 0.0 for no steps, inf where a segment has σ = 0.
@@ -75,6 +77,9 @@ def epsilon(history: Iterable[Segment], delta: float, accountant: str = "prv") -
     # Both accountants raise, or return NaN, without noise.
     if any(s.noise_multiplier == 0 for s in steps):
         return math.inf
+    # PRV's mesh explodes as σ → 0 (gigabytes at 0.1). RDP's bound is valid, and ε huge anyway.
+    if any(s.noise_multiplier < _LEAST_NOISE_FOR_PRV for s in steps):
+        accountant = "rdp"
     return _epsilon(steps, delta, accountant)
 
 

@@ -26,7 +26,6 @@ class Budget:
     Attributes:
         noise_multiplier: σ of the current fit; None until it is found.
         sample_rate: q of the current fit; None until the data is known.
-        history: all steps ever charged, in order.
 
     Raises:
         InputError: for settings out of range.
@@ -47,15 +46,25 @@ class Budget:
         self.accountant = accountant
         self.noise_multiplier = noise_multiplier
         self.sample_rate: float | None = None
-        self.history: History = ()
+        # Each fit's steps under a name of its own, so that accounts can be united: what two of
+        # them share is counted once, what only one of them knows is counted too.
+        self._fits: dict[str, Segment] = {}
+        self._fit = ""
         self._given_noise = noise_multiplier
         self._insecure = insecure  # this run, or one that it goes on from
-        self._run_id = uuid.uuid4().hex  # tells a rollback of this run from another run
         self._plan: dict[str, Any] | None = None  # what σ was found for
         self._before: History = ()  # history at the start of this fit
         self._allowed: float = 0
         self._taken = 0
         self._stride = 1
+
+    @property
+    def history(self) -> History:
+        """All steps ever charged, in order."""
+        history: History = ()
+        for segment in self._fits.values():
+            history = accounting.extend(history, segment)
+        return history
 
     @property
     def epsilon(self) -> float:
@@ -90,6 +99,7 @@ class Budget:
         """
         self.sample_rate = sample_rate
         self._before, self._taken = self.history, 0
+        self._fit = uuid.uuid4().hex
         remaining = None if math.isinf(planned) else max(int(planned) - done, 0)
         if self._given_noise is None:
             self._find_noise(remaining, done)
@@ -97,7 +107,8 @@ class Budget:
             self.noise_multiplier = self._given_noise
             self._find_allowance(remaining)
         expected = self._allowed if remaining is None else min(remaining, self._allowed)
-        self._stride = max(1, math.ceil(min(expected, 10_000) / _EPSILON_POINTS))
+        endless = math.isinf(expected)
+        self._stride = 500 if endless else max(1, math.ceil(expected / _EPSILON_POINTS))
 
     def _find_allowance(self, remaining: int | None) -> None:
         self._allowed = math.inf
@@ -168,14 +179,14 @@ class Budget:
                 "target_epsilon."
             )
         number = self.steps
-        self.history = accounting.extend(self.history, self._segment(1))
         self._taken += 1
+        self._fits[self._fit] = self._segment(self._taken)
         return number
 
     def epsilon_ahead(self) -> float:
         """ε at the next point of a coarse grid of steps: exact there, an upper bound before.
 
-        An accountant takes up to seconds for one ε; this asks it 20 times a fit.
+        An accountant takes up to seconds for one ε; this asks it some 20 times a fit.
         """
         ahead = min(math.ceil(self._taken / self._stride) * self._stride, self._allowed)
         history = accounting.extend(self._before, self._segment(int(ahead)))
@@ -189,26 +200,23 @@ class Budget:
     def state_dict(self) -> dict[str, Any]:
         """The account as plain data; holds no secret."""
         return {
-            "history": [list(segment) for segment in self.history],
+            "fits": {name: list(segment) for name, segment in self._fits.items()},
             "plan": self._plan,
             "insecure": self._insecure,
-            "run_id": self._run_id,
         }
 
     def merge(self, state: dict[str, Any]) -> None:
-        """Take up what a saved account has spent; never end with less than either knows.
+        """Take up what a saved account has spent: the union of its fits and those known here.
 
-        An earlier state of this very run adds nothing to the longer history here: a rollback does
-        not refund. The steps of another run are added to those taken here.
+        A fit known to both counts with the larger number of steps, so a rollback does not refund.
         """
-        loaded: History = tuple(Segment(*segment) for segment in state["history"])
-        if state["run_id"] != self._run_id:
-            for segment in self.history:
-                loaded = accounting.extend(loaded, segment)
-        if accounting.total_steps(loaded) >= self.steps:
-            self.history = loaded
+        merged: dict[str, Segment] = {}
+        for name, saved in state["fits"].items():
+            segment = Segment(*saved)
+            known = self._fits.get(name, segment)
+            merged[name] = max(segment, known, key=lambda s: s.steps)
+        self._fits = {**merged, **{n: s for n, s in self._fits.items() if n not in merged}}
         self._plan = state["plan"]
-        self._run_id = state["run_id"]
         self._insecure |= state["insecure"]
 
 

@@ -94,7 +94,10 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
 
 def poisson_loader(loader: DataLoader, sampler: PoissonBatchSampler) -> DataLoader:
-    """The user's loader with its batches drawn by `sampler`; everything else as it was."""
+    """The user's loader with its batches drawn by `sampler`; everything else as it was.
+
+    But for its `generator`: what it would seed are the workers' augmentations, by a known number.
+    """
     settings: dict[str, Any] = {
         name: getattr(loader, name)
         for name in (
@@ -104,7 +107,6 @@ def poisson_loader(loader: DataLoader, sampler: PoissonBatchSampler) -> DataLoad
             "timeout",
             "worker_init_fn",
             "multiprocessing_context",
-            "generator",
             "prefetch_factor",
             "persistent_workers",
         )

@@ -131,6 +131,11 @@ class PrivateStep:
             raise PrivacyError("Expected a folded batch before `release()`, got none.")
         sums, self._sums = self._sums, None
         self._refuse_strays()
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters):
+            raise PrivacyError(
+                "Expected no gradient hooks on parameters, got one that was added during the fit. "
+                "It sees gradients before clipping and noise. Remove it."
+            )
         if self._versions != [p._version for p in self.parameters]:
             raise PrivacyError(
                 "Expected the weights to stand still between a batch and its step, got weights "

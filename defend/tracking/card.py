@@ -31,7 +31,7 @@ def _plain(value: Any) -> str:
 
 
 def _privacy(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    title = "## Privacy" if settings.get("private") else "## Privacy: NONE (fixed noise seed)"
+    title = "## Privacy" if settings.get("private") else "## Privacy: NONE (fixed seed or no noise)"
     rows = [
         ("ε spent", results["epsilon"]),
         ("δ", settings.get("delta")),

@@ -95,3 +95,26 @@ def test_without_a_seed_ranks_share_one_mask_and_one_noise(tmp_path):
     fit(tmp_path / "again" / "two", [callback], 2, 16)
     assert callback.steps == 16
     assert not Path(callback._mailbox).exists()
+
+
+class Failing(Net):
+    def training_step(self, batch, batch_idx):
+        if self.trainer.global_step == 3:
+            raise RuntimeError("out of luck")
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_a_failed_spawned_fit_spent_is_known(tmp_path):
+    callback = DifferentialPrivacy(delta=1e-3, max_grad_norm=0.5, noise_multiplier=1.0)
+    run = trainer(callbacks=[callback], strategy="ddp_spawn", devices=2)
+    with pytest.raises(Exception, match="out of luck"):
+        run.fit(Failing(), DataLoader(data(64), batch_size=8))
+    assert callback.steps == 3
+    assert callback.state_dict()["fits"]
+
+
+def test_a_spawned_validation_reports_too():
+    evaluation = RobustnessEvaluation({"pgd": ATTACK})
+    run = trainer(callbacks=[evaluation], strategy="ddp_spawn", devices=2)
+    run.validate(Net(), DataLoader(data(32, seed=1), batch_size=8), verbose=False)
+    assert evaluation.report.records == 32

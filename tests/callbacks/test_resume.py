@@ -128,7 +128,7 @@ def test_checkpoints_hold_no_secret_and_load_as_weights_only(tmp_path):
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert str(roots[0]) not in str(checkpoint)
     (state,) = [v for k, v in checkpoint["callbacks"].items() if "DifferentialPrivacy" in k]
-    assert set(state) == {"history", "plan", "insecure", "run_id"}
+    assert set(state) == {"fits", "plan", "insecure"}
 
 
 PLAIN = """
@@ -231,3 +231,22 @@ def test_a_private_fit_after_a_plain_one_on_the_same_trainer_is_refused():
     program.fit_loop.max_epochs = 2
     with pytest.raises(PrivacyError, match="got 8 steps of which 0 were"):
         program.fit(module, loader(256, 32))
+
+
+def test_a_checkpoint_without_callback_states_is_refused(tmp_path):
+    program = trainer()
+    program.fit(Net(), loader(256, 32))
+    program.save_checkpoint(tmp_path / "plain.ckpt")
+    checkpoint = torch.load(tmp_path / "plain.ckpt", weights_only=True)
+    del checkpoint["callbacks"]
+    torch.save(checkpoint, tmp_path / "bare.ckpt")
+    with pytest.raises(PrivacyError, match="a checkpoint with callback states, got one without"):
+        fit(private(noise_multiplier=1.0), tmp_path / "bare.ckpt", max_epochs=2)
+
+
+def test_what_a_checkpoint_spent_can_be_asked():
+    first = private(noise_multiplier=1.0)
+    fit(first)
+    second = private(noise_multiplier=1.0)
+    second.load_state_dict(first.state_dict())
+    assert second.epsilon == first.epsilon > 0

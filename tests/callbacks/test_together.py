@@ -149,24 +149,76 @@ def test_the_harness_flags_records_that_see_each_other():
     assert largest_move(Mixing, PGD(Linf(0.1), steps=3, random_start=False)) > 1.01
 
 
-def test_random_starts_keep_the_last_records_contribution_within_C():  # noqa: N802
-    """Leaving out the last record leaves all other random starts as they were."""
-    attack = PGD(Linf(0.1), steps=3)
-    full = data(8)
+class Own(Linf):
+    """Each record's random start is its own, wherever it stands in the batch.
+
+    The coupling that the guarantee rests on: with secret, independent starts, a run without a
+    record is distributed as one in which every other record keeps its start.
+    """
+
+    def random_start(self, like, generator):
+        rows = []
+        for row in like:
+            seed = int(row.double().sum().mul(1e9)) % 2**31
+            own = torch.Generator().manual_seed(seed)
+            rows.append(torch.empty_like(row).uniform_(-self.eps, self.eps, generator=own))
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_with_random_starts_of_their_own_too(steps):
+    attack = PGD(Own(0.3), steps=steps, step_size=0.05)
+    assert 0.2 < largest_move(Net, attack, 3) <= 1 + 1e-4
+
+
+def test_known_starts_by_position_would_break_it():
+    """Why starts are secret: leaving out the first record shifts those of all others."""
+    full = data(16)
+    attack = PGD(Linf(0.3), steps=1, step_size=0.05)
     whole = sum_of_one_step(full, Net, attack, None)
-    without = sum_of_one_step(Subset(full, range(7)), Net, attack, None)
-    assert (whole - without).norm() / C <= 1 + 1e-4
+    without = sum_of_one_step(Subset(full, range(1, 16)), Net, attack, None)
+    assert (whole - without).norm() / C > 1.01
+
+
+class Watching(Net):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((batch[0].clone(), torch.rand(4)))
+        return super().training_step(batch, batch_idx)
+
+
+def test_starts_and_dropout_are_secret_and_the_global_rng_is_put_back():
+    runs = []
+    for seed in (None, None, 7, 7):
+        callbacks = [adversarial(), private(insecure_seed=seed, noise_multiplier=0.0)]
+        pl.seed_everything(0)
+        module = Watching()
+        run = trainer(callbacks=callbacks, max_steps=1)
+        batches = DataLoader(data(16), batch_size=16)  # q = 1: the same records in each run
+        state = torch.get_rng_state()
+        run.fit(module, batches)
+        if seed is None:
+            assert torch.equal(torch.get_rng_state(), state)
+        runs.append(module.seen[0])
+    (x1, u1), (x2, u2), (x3, u3), (x4, u4) = runs
+    assert not torch.equal(x1, x2)
+    assert not torch.equal(u1, u2)
+    assert torch.equal(x3, x4)
+    assert torch.equal(u3, u4)
 
 
 def test_the_attack_runs_in_the_private_chunks():
     sizes = []
 
-    class Watching(Net):
+    class Sized(Net):
         def forward(self, x):
             sizes.append((self.training, len(x)))
             return super().forward(x)
 
-    fit([adversarial(), private(chunk_size=8)], Watching, max_steps=2)
+    fit([adversarial(), private(chunk_size=8)], Sized, max_steps=2)
     assert max(size for training, size in sizes if training) <= 8
     attacks = [size for training, size in sizes if not training and size != 16]
     assert attacks

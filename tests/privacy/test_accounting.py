@@ -118,3 +118,9 @@ def test_affordable_steps_at_its_ends():
     assert affordable_steps(9.0, noise_multiplier=5.0, limit=3, **settings) == 3
     assert affordable_steps(0.5, noise_multiplier=0.3, limit=100, **settings) == 0
     assert affordable_steps(9.0, noise_multiplier=0.0, limit=100, **settings) == 0
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.1, 0.3])
+def test_little_noise_costs_no_memory(sigma):
+    history = [(sigma, 0.1, 1000)]
+    assert epsilon(history, DELTA, "prv") == epsilon(history, DELTA, "rdp") > 100

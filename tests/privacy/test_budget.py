@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 
@@ -82,6 +83,30 @@ def test_a_rollback_refunds_nothing_and_another_run_adds():
     account.merge(other.state_dict())
     assert account.steps == 13
     assert {segment[0] for segment in account.history} == {1.0, 2.0}
+    account.merge(spend(other, 10).state_dict())
+    assert account.steps == 23
+
+
+def test_branches_of_one_run_are_united_not_chosen_between():
+    trunk = spend(budget(), 5)
+    branches = []
+    for sigma, steps in ((1.0, 20), (5.0, 30)):
+        branch = budget(noise_multiplier=sigma)
+        branch.merge(trunk.state_dict())
+        branches.append(spend(branch, steps))
+    one, two = branches
+    epsilons = one.epsilon, two.epsilon
+    one.merge(two.state_dict())
+    assert one.steps == 5 + 20 + 30
+    assert one.epsilon > max(epsilons)
+
+
+def test_copies_that_go_on_apart_are_counted_apart():
+    original = spend(budget(), 5)
+    twin = copy.deepcopy(original)
+    spend(original, 10), spend(twin, 10)
+    twin.merge(original.state_dict())
+    assert twin.steps == 25
 
 
 def test_what_is_not_private():

@@ -302,6 +302,89 @@ def test_misuse_is_detected(how, message):
         step.fold()
 
 
+def zero_gradient_networks():
+    """Ordinary models with parameters whose true gradient is zero: what is left is rounding."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(2, 2) for _ in range(3))
+            self.out = nn.Linear(6, 3)
+
+        def forward(self, x):
+            tokens = x.view(-1, 3, 2)
+            scores = self.q(tokens) @ self.k(tokens).transpose(1, 2)
+            return self.out((scores.softmax(-1) @ self.v(tokens)).flatten(1))
+
+    def normed(norm):
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2, padding=1), norm, nn.Flatten(),
+            nn.Linear(48, 3),
+        )  # fmt: skip
+
+    return {
+        "group norm": normed(nn.GroupNorm(4, 4)),
+        "instance norm": normed(nn.InstanceNorm2d(4)),
+        "attention": Attention(),
+    }
+
+
+@pytest.mark.parametrize("name", zero_gradient_networks())
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_rounding_where_the_gradient_is_zero_is_no_misuse(name, half, scale):
+    torch.manual_seed(0)
+    module = zero_gradient_networks()[name]
+    step, _ = make(module)
+    x, y = records()
+    step.begin()
+    step.expect(7, 7)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = F.cross_entropy(module(x).float(), y) * scale
+    loss.backward()
+    step.release()
+    assert all(p.grad.isfinite().all() for p in step.parameters)
+
+
+def test_the_padding_row_of_an_embedding_stays_zero():
+    torch.manual_seed(0)
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out = nn.Embedding(5, 4, padding_idx=0), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.out(self.table(x).mean(1))
+
+    module = Words()
+    step, _ = make(module)
+    x, y = torch.randint(0, 5, (7, 6)), torch.arange(7) % 3
+    expected = clipped_sum(
+        module,
+        lambda a, b: F.cross_entropy(module(a), b),
+        [(x[i : i + 1], y[i : i + 1]) for i in range(7)],
+        C,
+    )
+    step.begin()
+    step.expect(7, 7)
+    F.cross_entropy(module(x), y).backward()
+    step.release()
+    for p, total in zip(step.parameters, expected, strict=True):
+        torch.testing.assert_close(p.grad, total / B, rtol=1e-5, atol=1e-6)
+    assert module.table.weight.grad[0].abs().max() == 0
+
+
+def test_a_gradient_hook_added_later_is_refused():
+    module = networks()["mlp"]
+    step, _ = make(module)
+    step.begin()
+    module[0].weight.register_hook(lambda g: None)
+    backward(module, step)
+    with pytest.raises(PrivacyError, match="no gradient hooks on parameters"):
+        step.release()
+
+
 def test_order_of_calls_is_checked():
     step, _ = make(networks()["mlp"])
     step.begin()
@@ -318,8 +401,10 @@ def test_layers_without_per_record_gradients_are_refused():
             self.weight = nn.Parameter(torch.ones(6))
             self.register_buffer("seen", torch.zeros(1))
 
+    module = nn.Sequential(Buffered(), nn.Linear(6, 3))
     with pytest.raises(PrivacyError, match="per-record gradients can be computed"):
-        make(nn.Sequential(Buffered(), nn.Linear(6, 3)))
+        make(module)
+    assert all(vars(p) == {} for p in module.parameters())
 
 
 def test_close_leaves_the_module_as_it_was():
