@@ -62,8 +62,10 @@ class DefendCallback(Callback):
 
     def post(self) -> None:
         """In a copy on rank 0: leave what it learned so far. Elsewhere: nothing."""
+        if os.getpid() == self._home or not self._is_rank_zero:
+            return
         carried = self.carried()
-        if os.getpid() == self._home or not self._is_rank_zero or not carried:
+        if not carried:
             return
         # Written whole or not at all: a reader never sees half a file, and a crash loses nothing.
         draft = Path(f"{self._mailbox}.{os.getpid()}")

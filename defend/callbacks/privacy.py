@@ -108,9 +108,9 @@ class DifferentialPrivacy(DefendCallback):
         )
         Randomness(insecure_seed)  # refuses a bad seed
         self.insecure_seed = insecure_seed
-        self._end_of_fit()
+        self._forget_last_fit()
 
-    def _end_of_fit(self) -> None:
+    def _forget_last_fit(self) -> None:
         """State that lives for one fit only."""
         self._trainer: pl.Trainer | None = None
         self._randomness: Randomness | None = None
@@ -186,7 +186,7 @@ class DifferentialPrivacy(DefendCallback):
         check(_trainer_facts(trainer, pl_module))
         self.collect(in_copy=True)
         self.clean_up(trainer, pl_module)  # after a failed fit there may be something
-        self._end_of_fit()
+        self._forget_last_fit()
         seams = Seams.of(trainer)
         if seams.private not in (None, self):
             raise InputError("Expected one DifferentialPrivacy callback, got two.")
