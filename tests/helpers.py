@@ -1,5 +1,7 @@
 """Small models, data and trainers that the tests share. Importable by spawned processes."""
 
+import tempfile
+
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
@@ -77,8 +79,13 @@ def loader(records=64, batch_size=8, seed=0, **settings):
     return DataLoader(data(records, seed=seed), batch_size=batch_size, shuffle=True, **settings)
 
 
+# Ledgers go here, so that resumed runs of one test process find them.
+ROOT_DIR = tempfile.mkdtemp(prefix="defend-tests-")
+
+
 def trainer(**settings):
     defaults = {
+        "default_root_dir": ROOT_DIR,
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,

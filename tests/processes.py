@@ -39,17 +39,19 @@ class KeepNoise(Callback):
             file.write(json.dumps([trainer.global_step, first]) + "\n")
 
 
-def train_private(folder, seed, kill_at, resume):
+def train_private(folder, seed, kill_at, resume, ledger):
     """Fit for 4 epochs of 8 steps with a checkpoint every 3 steps; die at `kill_at` if > 0."""
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
+    noise = {"target_epsilon": 4.0} if seed == "none" else {"noise_multiplier": 1.2}
     private = DifferentialPrivacy(
         delta=1e-3,
         max_grad_norm=0.5,
-        target_epsilon=4.0,
         accountant="rdp",
         chunk_size=16,
+        ledger=Path(folder).parent / "ledger.jsonl" if ledger == "shared" else None,
         insecure_seed=None if seed == "none" else int(seed),
+        **noise,
     )
     callbacks = [
         private,
@@ -60,7 +62,9 @@ def train_private(folder, seed, kill_at, resume):
     if int(kill_at):
         callbacks.append(KillAt(int(kill_at)))
     module = Net(schedule=True)
-    run = trainer(callbacks=callbacks, enable_checkpointing=True, max_epochs=4)
+    run = trainer(
+        callbacks=callbacks, enable_checkpointing=True, max_epochs=4, default_root_dir=folder
+    )
     run.fit(module, loader(256, 32), ckpt_path=None if resume == "none" else resume)
     report = {
         "epsilon": private.epsilon,

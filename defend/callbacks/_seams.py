@@ -1,12 +1,14 @@
-"""The two places where defend reaches into Lightning, and the only file that does.
+"""The places where defend reaches into Lightning, and the only file that does.
 
 `trainer.strategy.training_step` sees every training batch, under every strategy, precision and
-kind of optimization, and its result goes to backward; `trainer.strategy.process_dataloader` sees
-every loader before its iterator is made. Both are public methods of the strategy. They are wrapped
-once a trainer, on the instance, and callbacks register what they want done; so their order in
-the list of callbacks changes nothing:
+kind of optimization; `trainer.strategy.backward` takes the loss from there, and
+`trainer.strategy.process_dataloader` sees every loader before its iterator is made. All are public
+methods of the strategy. They are wrapped once a trainer, on the instance, and callbacks register
+what they want done; so their order in the list of callbacks changes nothing:
 
-    batch → attack (the whole logical batch) → split → user's training_step, chunk by chunk
+    batch → attack (the whole logical batch) → split → training_step and backward, chunk by chunk
+
+A fourth one is for metrics: what `self.log` hands to the training loop's results.
 """
 
 from collections.abc import Callable
@@ -19,23 +21,27 @@ import torch
 class BatchTransform(Protocol):
     """Registered by adversarial training: replaces a batch before the user's step sees it."""
 
-    def transform(self, batch: Any) -> Any: ...
+    def transform(self, batch: Any, module: torch.nn.Module) -> Any: ...
 
 
 class StepRunner(Protocol):
     """Registered by differential privacy: replaces the loader, and runs the step in chunks.
 
-    An attack before a private step works in chunks of the same size and starts from the numbers
-    of `attack_generator`.
+    Forward and backward happen in `run`; the backward that Lightning asks for afterwards is left
+    out. An attack before a private step works in chunks of the same size and starts from the
+    numbers of `attack_generator`.
     """
 
-    chunk_size: int | None
+    @property
+    def step_chunk_size(self) -> int | None: ...
 
     def attack_generator(self, device: torch.device) -> torch.Generator: ...
 
     def replace_loader(self, loader: Any) -> Any: ...
 
-    def run(self, batch: Any, step: Callable[[Any], Any]) -> Any: ...
+    def run(self, batch: Any, step: Callable[[Any], Any], backward: Callable[..., Any]) -> Any: ...
+
+    def keeps_metric(self, name: str) -> bool: ...
 
 
 class Seams:
@@ -50,7 +56,9 @@ class Seams:
         self.trainer = trainer
         self.adversary: BatchTransform | None = None
         self.private: StepRunner | None = None
+        self._log: Callable[..., None]
         self._training_step = trainer.strategy.training_step
+        self._backward = trainer.strategy.backward
         self._process_dataloader = trainer.strategy.process_dataloader
 
     @classmethod
@@ -62,22 +70,32 @@ class Seams:
             return seams
         seams = cls(trainer)
         trainer.strategy.training_step = seams.training_step  # type: ignore[method-assign]
+        trainer.strategy.backward = seams.backward  # type: ignore[method-assign, assignment]
         trainer.strategy.process_dataloader = (  # type: ignore[method-assign]
             seams.process_dataloader
         )
+        results = trainer.fit_loop.epoch_loop._results
+        seams._log = results.log
+        results.log = seams.log
         return seams
 
     @staticmethod
     def unwrap(trainer: pl.Trainer) -> None:
         """Leave the strategy as it was. Safe to call twice."""
-        for name in ("training_step", "process_dataloader"):
-            if isinstance(getattr(vars(trainer.strategy).get(name), "__self__", None), Seams):
-                delattr(trainer.strategy, name)
+        places = [
+            (trainer.strategy, "training_step"),
+            (trainer.strategy, "backward"),
+            (trainer.strategy, "process_dataloader"),
+            (trainer.fit_loop.epoch_loop._results, "log"),
+        ]
+        for owner, name in places:
+            if isinstance(getattr(vars(owner).get(name), "__self__", None), Seams):
+                delattr(owner, name)
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands in for `strategy.training_step`."""
         if self.adversary is not None:
-            batch = self.adversary.transform(batch)
+            batch = self.adversary.transform(batch, self.trainer.lightning_module)
         if self.private is None:
             return self._training_step(batch, *args, **kwargs)
 
@@ -85,7 +103,18 @@ class Seams:
             self._weigh_logs_by(chunk)
             return self._training_step(chunk, *args, **kwargs)
 
-        return self.private.run(batch, step)
+        return self.private.run(batch, step, self._backward)
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Stands in for `strategy.backward`."""
+        if self.private is not None:
+            return loss  # done already, chunk by chunk, in `training_step`
+        return self._backward(loss, *args, **kwargs)
+
+    def log(self, fx: str, name: str, *args: Any, **kwargs: Any) -> None:
+        """Stands in for the training results' `log`."""
+        if self.private is None or self.private.keeps_metric(name):
+            self._log(fx, name, *args, **kwargs)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Stands in for `strategy.process_dataloader`."""

@@ -76,7 +76,7 @@ class AdversarialTraining(DefendCallback):
             # Read, not drawn: the global RNG stays where it is.
             self._seed = torch.initial_seed() % 2**62
 
-    def transform(self, batch: Any) -> Any:
+    def transform(self, batch: Any, module: torch.nn.Module) -> Any:
         """The batch with its inputs replaced by adversarial ones; the batch itself is untouched."""
         trainer, seams = self._trainer, self._seams
         assert trainer is not None
@@ -91,11 +91,11 @@ class AdversarialTraining(DefendCallback):
             generator, chunk_size = self._generator(trainer, x.device), None
         else:
             generator = seams.private.attack_generator(x.device)
-            chunk_size = seams.private.chunk_size
+            chunk_size = seams.private.step_chunk_size
         size = chunk_size if self.chunk_size == "auto" else self.chunk_size
         with trainer.precision_plugin.forward_context():
             x_adv = self.attack(
-                trainer.lightning_module,
+                module,
                 x,
                 y,
                 generator=generator,

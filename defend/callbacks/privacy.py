@@ -1,30 +1,28 @@
-"""DP-SGD for an unmodified LightningModule."""
+"""DP-SGD for an unmodified LightningModule: a thin shell over `defend.training`."""
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
-from defend.batching.chunks import check_chunk_size, count_rows, even_bounds, slice_rows
 from defend.callbacks._base import DefendCallback
 from defend.callbacks._seams import Seams
 from defend.errors import InputError, PrivacyError
 from defend.privacy.accounting import History
-from defend.privacy.budget import Budget
+from defend.privacy.clipping import Clipping, FlatClipping
 from defend.privacy.preconditions import Setup, check
-from defend.privacy.randomness import Randomness, make_global_rng_secret
-from defend.privacy.sampling import PoissonBatchSampler, poisson_loader
-from defend.privacy.step import PrivateStep
+from defend.privacy.schedules import Schedule
+from defend.privacy.selftest import SelfTest
+from defend.training.private import PrivateTraining
+from defend.training.processes import Processes
+from defend.training.settings import RELEASES, PrivacySettings
 
-ADJACENCY = "add or remove one record"
-
-# Per-record gradients take rows × parameters of memory. This many rows fit small machines.
-_AUTO_CHUNK = 256
+EPSILON = "privacy/epsilon"
+LEDGERS = "privacy_ledgers"
 
 
 class DifferentialPrivacy(DefendCallback):
@@ -48,14 +46,15 @@ class DifferentialPrivacy(DefendCallback):
     does not repeat, whatever `seed_everything` says.
 
     *Guarantee.* After training, the weights are (`epsilon`, δ)-DP for adding or removing one
-    record; `defend.privacy` says what is and is not covered. It rests on a loss that is the plain
-    mean over rows of what each row alone gives: no `weight=` in cross-entropy (its normalizer
-    depends on the other labels), no sum, no mixup, no statistics of the batch. Much of what would
-    break the guarantee in silence is refused before or at the first step; such a loss is not yet
-    detected.
+    record; `defend.privacy` says what is and is not covered. What would break it in silence is
+    refused before the first step: set-ups by a table (`defend.privacy.preconditions`), and what the
+    module's forward and loss do by a self-test on a copy of it and seven records. The loss has to
+    be the plain mean over rows of what each row alone gives.
 
-    Logs `privacy/epsilon`: exact at each twentieth of the plan and at the end, and in between the
-    next exact value, so never less than what was spent.
+    Every step is written to a ledger on disk before it is taken, so that ε survives a crash, and a
+    rollback to an older checkpoint does not refund it. A resume finds its ledger by the checkpoint.
+
+    Logs `privacy/epsilon` at each step: what was spent, or a tight upper bound on it.
 
     This callback moves to the front of the Trainer's list. Hooks that run after a backward find no
     gradient (`p.grad` is None); from `on_before_optimizer_step` on they find the noised one.
@@ -67,7 +66,20 @@ class DifferentialPrivacy(DefendCallback):
         noise_multiplier: σ ≥ 0, the noise's standard deviation in units of C, or None.
         accountant: "prv" (tight) or "rdp".
         chunk_size: most rows in one forward and backward; larger batches are split, with the same
-            result. "auto": 256 rows. None: never split.
+            result. "auto": what fits into the GPU's memory, measured; 256 rows on the CPU. None:
+            not split. A chunk that runs out of memory is halved.
+        clipping: `FlatClipping()`, `PerLayerClipping()`, or `AdaptiveClipping(...)`, for which
+            `max_grad_norm` is where C starts.
+        noise_schedule: step → factor on σ, such as `Decay(0.999)`; accounted step by step.
+        clip_schedule: step → factor on C.
+        ledger: a path; None: `privacy_ledgers/` under the Trainer's `default_root_dir`, under a
+            name that checkpoints know; False: none, so ε holds only what checkpoints know.
+        selftest: False leaves the self-test out; you then answer for the step yourself.
+        secure_noise: noise and sampling from ChaCha20 with Gaussians guarded against floating-point
+            attacks; slower, and needs the extra `secure`.
+        release: "tag" names un-noised training metrics (a logged loss) as such in the run;
+            "withhold" keeps what `self.log` is given during training from loggers, callbacks and
+            the progress bar.
         insecure_seed: fix noise and sampling, to debug or test. The run is then *not private*,
             and is tagged so, also after a resume without the seed.
 
@@ -86,101 +98,122 @@ class DifferentialPrivacy(DefendCallback):
         noise_multiplier: float | None = None,
         accountant: str = "prv",
         chunk_size: int | str | None = "auto",
+        clipping: Clipping = FlatClipping(),
+        noise_schedule: Schedule | None = None,
+        clip_schedule: Schedule | None = None,
+        ledger: str | Path | bool | None = None,
+        selftest: bool = True,
+        secure_noise: bool = False,
+        release: str = "tag",
         insecure_seed: int | None = None,
     ) -> None:
         super().__init__()
-        self._budget = Budget(
-            delta=delta,
-            target_epsilon=target_epsilon,
-            noise_multiplier=noise_multiplier,
-            accountant=accountant,
-            insecure=insecure_seed is not None,
+        if release not in RELEASES:
+            raise InputError(f"Expected `release` to be one of {RELEASES}, got {release!r}.")
+        self.release = release
+        self._private = PrivateTraining(
+            PrivacySettings(
+                delta=delta,
+                max_grad_norm=max_grad_norm,
+                target_epsilon=target_epsilon,
+                noise_multiplier=noise_multiplier,
+                accountant=accountant,
+                chunk_size=chunk_size,
+                clipping=clipping,
+                noise_schedule=noise_schedule,
+                clip_schedule=clip_schedule,
+                ledger=ledger,
+                selftest=selftest,
+                secure_noise=secure_noise,
+                insecure_seed=insecure_seed,
+            )
         )
-        if not 0 < max_grad_norm < math.inf:
-            raise InputError(f"Expected `max_grad_norm` to be > 0 and finite, got {max_grad_norm}.")
-        check_chunk_size(chunk_size)
-        self.delta = delta
-        self.max_grad_norm = max_grad_norm
-        self.target_epsilon = target_epsilon
-        self.accountant = accountant
-        self.chunk_size: int | None = (
-            _AUTO_CHUNK if chunk_size == "auto" else chunk_size  # type: ignore[assignment]
-        )
-        Randomness(insecure_seed)  # refuses a bad seed
-        self.insecure_seed = insecure_seed
+        self._unnoised: set[str] = set()
         self._forget_last_fit()
 
     def _forget_last_fit(self) -> None:
         """State that lives for one fit only."""
         self._trainer: pl.Trainer | None = None
-        self._randomness: Randomness | None = None
-        self._sampler: PoissonBatchSampler | None = None
-        self._step: PrivateStep | None = None
-        self._ddp: DistributedDataParallel | None = None
         self._resumed_at: int | None = None
         self._adopts_state = True
-        self._restore_global_rng: Callable[[], None] | None = None
 
     # --- what a user reads --------------------------------------------------------------------
 
     @property
     def epsilon(self) -> float:
         """ε spent so far at `delta`; 0 before the first step."""
-        self.collect()
-        return self._budget.epsilon
+        return self._account.epsilon
+
+    @property
+    def delta(self) -> float:
+        """δ."""
+        return self._private.settings.delta
 
     @property
     def noise_multiplier(self) -> float | None:
-        """σ; None until it is found at the start of `fit`."""
+        """σ, before a schedule; None until it is found at the start of `fit`."""
+        return self._account.noise_multiplier
+
+    @property
+    def max_grad_norm(self) -> float:
+        """C; where it is learned or scheduled, that of the last step."""
         self.collect()
-        return self._budget.noise_multiplier
+        return self._private.max_grad_norm
 
     @property
     def sample_rate(self) -> float | None:
         """q, the probability that a record joins a batch; None until the data is known."""
-        self.collect()
-        return self._budget.sample_rate
+        return self._account.sample_rate
 
     @property
     def steps(self) -> int:
         """Steps charged so far, those before a resume included."""
-        self.collect()
-        return self._budget.steps
+        return self._account.steps
 
     @property
     def history(self) -> History:
         """All that was charged: (noise_multiplier, sample_rate, steps) in order."""
-        self.collect()
-        return self._budget.history
+        return self._account.history
 
     @property
     def private(self) -> bool:
         """Whether `epsilon` means anything: no step used a fixed seed or went without noise."""
+        return self._account.private
+
+    @property
+    def ledger_path(self) -> Path | None:
+        """The ledger's file; None without one, and before the first fit."""
         self.collect()
-        return self._budget.private
+        return self._private.ledger_path()
+
+    @property
+    def selftest(self) -> SelfTest | None:
+        """What the self-test of the last fit found; None before it, or where it was left out."""
+        return self._private.selftest
+
+    @property
+    def _account(self) -> Any:
+        self.collect()
+        return self._private.budget
 
     def settings(self) -> dict[str, Any]:
-        sampler = self._sampler
-        return {
-            "private": self.private,
-            "target_epsilon": self.target_epsilon,
-            "delta": self.delta,
-            "noise_multiplier": self.noise_multiplier,
-            "max_grad_norm": self.max_grad_norm,
-            "sample_rate": self.sample_rate,
-            "records": sampler.size if sampler else None,
-            "accountant": self.accountant,
-            "adjacency": ADJACENCY,
-            "sampling": "Poisson",
-        }
+        self.collect()
+        return self._private.facts()
 
     def results(self) -> dict[str, Any]:
-        return {"epsilon": self.epsilon, "private_steps": self.steps}
+        withheld = self.release == "withhold"
+        return {
+            "epsilon": self.epsilon,
+            "private_steps": self.steps,
+            "max_grad_norm_at_end": self.max_grad_norm,
+            "unnoised_metrics": "withheld" if withheld else sorted(self._unnoised),
+        }
 
     # --- before the first step ----------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._private.default_ledger = Path(trainer.default_root_dir, LEDGERS)
         if stage != "fit":
             return
         check(_trainer_facts(trainer, pl_module))
@@ -192,48 +225,17 @@ class DifferentialPrivacy(DefendCallback):
             raise InputError("Expected one DifferentialPrivacy callback, got two.")
         seams.private = self
         self._trainer = trainer
-        self._randomness = self._share_randomness(trainer)
-        if self.insecure_seed is None:
-            self._restore_global_rng = make_global_rng_secret()
+        self._private.start(
+            Processes(trainer.global_rank, trainer.world_size, trainer.strategy.broadcast)
+        )
         # First in line: no other callback's hook sees a gradient before it is clipped and noised.
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         others = [c for c in callbacks if c is not self]
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
 
-    def _share_randomness(self, trainer: pl.Trainer) -> Randomness:
-        if self.insecure_seed is not None:
-            return Randomness(self.insecure_seed)
-        return Randomness(root=trainer.strategy.broadcast(Randomness().root))
-
     def replace_loader(self, loader: Any) -> Any:
         """The user's training loader, with Poisson-sampled batches."""
-        trainer, randomness = self._trainer, self._randomness
-        assert trainer is not None
-        assert randomness is not None
-        check(
-            Setup(
-                loader=loader,
-                loaders=1 if self._sampler is None else 2,
-                world_size=trainer.world_size,
-            )
-        )
-        records = len(loader.dataset)
-        if self.delta >= 1 / records:
-            rank_zero_warn(
-                f"delta={self.delta} is not below 1 / {records} records: a mechanism that "
-                "publishes one record in full would satisfy it. Choose a smaller delta."
-            )
-        self._sampler = PoissonBatchSampler(
-            records,
-            loader.batch_size * trainer.world_size / records,
-            len(loader),
-            randomness,
-            first_step=lambda: self._budget.steps,
-            chunk_size=self.chunk_size,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
-        return poisson_loader(loader, self._sampler)
+        return self._private.replace_loader(loader)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -251,12 +253,18 @@ class DifferentialPrivacy(DefendCallback):
         self._resumed_at = int(checkpoint["global_step"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._sampler is None:
+        private = self._private
+        if private.sampler is None:
             trainer.fit_loop.setup_data()  # unless the optimizer's scheduler asked for it already
         planned = trainer.estimated_stepping_batches
-        check(Setup(module=pl_module, optimizers=tuple(trainer.optimizers)))
-        sampler, randomness = self._sampler, self._randomness
-        if sampler is None or randomness is None:
+        check(
+            Setup(
+                module=pl_module,
+                optimizers=tuple(trainer.optimizers),
+                world_size=trainer.world_size,
+            )
+        )
+        if private.sampler is None:
             raise PrivacyError(
                 "Expected training data at the start of fit, got none. Give the Trainer a training "
                 "loader, and do not set limit_train_batches=0."
@@ -272,72 +280,71 @@ class DifferentialPrivacy(DefendCallback):
                 f"steps of which {self.steps} were. Start with a new Trainer, from weights that "
                 "may be public."
             )
-        done = trainer.global_step if self._resumed_at is None else self._resumed_at
-        self._budget.open(sample_rate=sampler.sample_rate, planned=planned, done=done)
-        assert self._budget.noise_multiplier is not None
-        self._step = PrivateStep(
+        self._try_out(trainer, pl_module)
+        private.open(
             pl_module,
             trainer.optimizers[0],
-            noise_multiplier=self._budget.noise_multiplier,
-            max_grad_norm=self.max_grad_norm,
-            expected_batch_size=sampler.sample_rate * sampler.size,
-            randomness=randomness,
-            charge=self._charge,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            planned=planned,
+            done=trainer.global_step if self._resumed_at is None else self._resumed_at,
+            ddp=trainer.strategy.model,
         )
-        if isinstance(trainer.strategy.model, DistributedDataParallel):
-            # Sums are added up after clipping, by `PrivateStep`; averaged gradients are no use.
-            self._ddp = trainer.strategy.model
-            self._ddp.require_backward_grad_sync = False
         self._stop_if_spent(trainer)
+
+    def _try_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        seams = Seams.of(trainer)
+        takes_index = "batch_idx" in inspect.signature(pl_module.training_step).parameters
+
+        def transfer(batch: Any) -> Any:
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = pl_module._on_before_batch_transfer(batch)
+            return trainer.strategy.batch_to_device(batch)
+
+        def loss(module: nn.Module, batch: Any) -> torch.Tensor:
+            assert isinstance(module, pl.LightningModule)
+            module.trainer = trainer
+            module.log = _log_nothing  # type: ignore[method-assign]
+            with trainer.precision_plugin.train_step_context():
+                return _loss_of(module.training_step(*((batch, 0) if takes_index else (batch,))))
+
+        adversary = seams.adversary
+        self._private.try_out(
+            pl_module,
+            loss,
+            transfer=transfer,
+            attack=None
+            if adversary is None
+            else lambda module, batch: adversary.transform(batch, module),
+            half=trainer.precision == "bf16-mixed",
+        )
+
+    @property
+    def step_chunk_size(self) -> int | None:
+        """Most rows in one chunk."""
+        return self._private.chunk_size
 
     def attack_generator(self, device: torch.device) -> torch.Generator:
         """Secret numbers for the random starts of this rank's records in the current step."""
-        trainer, randomness = self._trainer, self._randomness
-        assert trainer is not None
-        assert randomness is not None
-        rank = trainer.global_rank
-        return randomness.generator("attack", self._budget.steps, device, rank=rank)
-
-    def _charge(self) -> int:
-        number = self._budget.charge()
-        self.post()
-        return number
+        return self._private.attack_generator(device)
 
     # --- one step -----------------------------------------------------------------------------
 
-    def run(self, batch: Any, step: Callable[[Any], Any]) -> Any:
-        """The user's training step on one logical batch, chunk by chunk.
-
-        All but the last chunk go through backward here; Lightning does the last one.
-        """
-        trainer, private, sampler = self._trainer, self._step, self._sampler
+    def run(self, batch: Any, step: Callable[[Any], Any], backward: Callable[..., Any]) -> Any:
+        """The user's training step and the backward of one logical batch, chunk by chunk."""
+        trainer = self._trainer
         assert trainer is not None
-        assert private is not None
-        assert sampler is not None
-        drawn = sampler.drawn.popleft()
-        rows = count_rows(batch)
-        if rows != drawn.rows:
-            raise PrivacyError(
-                f"Expected {drawn.rows} rows, one for each sampled record, got {rows}. The "
-                "collate function or a batch hook drops, adds or merges records; let it keep one "
-                "row a record."
-            )
-        private.begin()
-        output = None
-        for start, stop in even_bounds(drawn.rows, drawn.chunks):
-            records = min(max(drawn.records - start, 0), stop - start)
-            private.expect(stop - start, records)
-            chunk = batch if drawn.chunks == 1 else slice_rows(batch, start, stop, drawn.rows)
+        output: Any = None
+
+        def compute(chunk: Any) -> None:
+            nonlocal output
             output = step(chunk)
-            if stop < drawn.rows:
-                trainer.strategy.backward(_loss_of(output), trainer.optimizers[0])
+            backward(_loss_of(output), trainer.optimizers[0])
+            output = _without_graph(output)
+
+        self._private.run(batch, compute)
         return output
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._step is not None:
-            self._step.fold()
+        self._private.fold()  # before other callbacks look
 
     def on_before_optimizer_step(
         self,
@@ -345,8 +352,15 @@ class DifferentialPrivacy(DefendCallback):
         pl_module: pl.LightningModule,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        if self._step is not None:
-            self._step.release()
+        self._private.release()
+        self.post()
+
+    def keeps_metric(self, name: str) -> bool:
+        """Whether a metric that is logged in training goes on to loggers and callbacks."""
+        if name == EPSILON:
+            return True
+        self._unnoised.add(name)
+        return self.release == "tag"
 
     def on_train_batch_end(
         self,
@@ -356,54 +370,55 @@ class DifferentialPrivacy(DefendCallback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        pl_module.log(
-            "privacy/epsilon",
-            self._budget.epsilon_ahead(),
-            on_step=True,
-            prog_bar=True,
-            batch_size=1,
-        )
+        epsilon = self._private.budget.epsilon_now()
+        pl_module.log(EPSILON, epsilon, on_step=True, prog_bar=True, batch_size=1)
         self._stop_if_spent(trainer)
 
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
-        if self._budget.exhausted:
+        if self._private.budget.exhausted:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for logger in trainer.loggers:
             last = max(trainer.global_step - 1, 0)
-            logger.log_metrics({"privacy/epsilon": self.epsilon}, step=last)
+            logger.log_metrics({EPSILON: self.epsilon}, step=last)
 
     # --- afterwards ---------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         self.collect()
-        return self._budget.state_dict()
+        return self._private.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.collect()
         if self._adopts_state:
-            self._budget.merge(state_dict)
+            self._private.load_state_dict(state_dict)
         self._adopts_state = True
 
     def carried(self) -> dict[str, Any]:
-        found = {"noise_multiplier": self._budget.noise_multiplier}
-        return {**self._budget.state_dict(), **found, "sample_rate": self._budget.sample_rate}
+        budget = self._private.budget
+        found = {"noise_multiplier": budget.noise_multiplier, "sample_rate": budget.sample_rate}
+        return {**self._private.state_dict(), **found, "unnoised": sorted(self._unnoised)}
 
     def receive(self, carried: dict[str, Any]) -> None:
-        self._budget.merge(carried)
-        self._budget.noise_multiplier = carried["noise_multiplier"]
-        self._budget.sample_rate = carried["sample_rate"]
+        self._private.load_state_dict(carried)
+        self._private.budget.noise_multiplier = carried["noise_multiplier"]
+        self._private.budget.sample_rate = carried["sample_rate"]
+        self._unnoised |= set(carried["unnoised"])
 
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._step is not None:
-            self._step.close()
-        if self._ddp is not None:
-            self._ddp.require_backward_grad_sync = True
-        if self._restore_global_rng is not None:
-            self._restore_global_rng()
-        self._step = self._ddp = self._trainer = self._restore_global_rng = None
-        self._randomness = None
+        self._private.close()
+        self._trainer = None
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands in for `self.log` while the step is only tried out."""
+
+
+def _without_graph(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return {**output, "loss": output["loss"].detach()}
+    return output.detach()
 
 
 def _loss_of(output: Any) -> torch.Tensor:
@@ -424,6 +439,7 @@ def _trainer_facts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Setup:
         strategy=type(trainer.strategy).__name__,
         automatic_optimization=pl_module.automatic_optimization,
         overrides_backward=type(pl_module).backward is not pl.LightningModule.backward,
+        compiled=getattr(pl_module, "_compiler_ctx", None) is not None,
         takes_dataloader_iter="dataloader_iter"
         in inspect.signature(pl_module.training_step).parameters,
         reloads_data=trainer.reload_dataloaders_every_n_epochs > 0,  # type: ignore[attr-defined]

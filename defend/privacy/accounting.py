@@ -1,21 +1,30 @@
 """Steps ↔ (ε, δ) for the Poisson-subsampled Gaussian mechanism.
 
-Adjacency is add-or-remove one record. The composition itself is Opacus'; what is added here is
-the inverse questions (which σ, how many steps) and guards where the accountants raise or mislead.
+Adjacency is add-or-remove one record. The composition itself is in `curve`; here are what it
+composes, ε of a history, and the inverse questions: which σ, how many steps.
 """
 
 import math
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import NamedTuple
 
 from defend.errors import InputError
+from defend.privacy.curve import ACCOUNTANTS, bound, check_settings
 
-ACCOUNTANTS = ("prv", "rdp")
+__all__ = [
+    "ACCOUNTANTS",
+    "History",
+    "Segment",
+    "affordable_steps",
+    "epsilon",
+    "extend",
+    "noise_multiplier_for",
+    "scheduled",
+    "total_steps",
+]
 
 _MOST_NOISE = 1e4
 _LEAST_NOISE = 0.1  # nobody wants less
-_LEAST_NOISE_FOR_PRV = 0.4
 _MOST_STEPS = 2**24
 _PRECISION = 1e-3  # relative, of σ; never at the expense of the target
 
@@ -59,42 +68,55 @@ def epsilon(history: Iterable[Segment], delta: float, accountant: str = "prv") -
         history: what was run, in order; order does not change ε.
         delta: δ in (0, 1); choose it well below 1 / number of records.
         accountant: "prv" (tight; floor near 0.01) or "rdp" (looser; floor near 0.1 at δ = 1e-5).
-            Below σ = 0.4 "prv" falls back to "rdp".
+            "prv" is never above "rdp", and the same where PRV has no answer within bounds of
+            memory: σ < 0.4, ε of hundreds, or δ within rounding of 0.
 
     Returns:
         ε ≥ 0: 0.0 for no steps, inf where a segment has σ = 0.
 
     Raises:
-        InputError: if `delta` or `accountant` is out of range.
+        InputError: if `delta`, `accountant` or a segment is out of range.
     """
-    if not 0 < delta < 1:
-        raise InputError(f"Expected `delta` to be in (0, 1), got {delta}.")
-    if accountant not in ACCOUNTANTS:
-        raise InputError(f"Expected `accountant` to be one of {ACCOUNTANTS}, got {accountant!r}.")
-    steps = tuple(Segment(*s) for s in history if s[2] > 0)
-    if not steps:
-        return 0.0
-    # Both accountants raise, or return NaN, without noise.
-    if any(s.noise_multiplier == 0 for s in steps):
-        return math.inf
-    # PRV's mesh explodes as σ → 0 (gigabytes at 0.1). RDP's bound is valid, and ε huge anyway.
-    if any(s.noise_multiplier < _LEAST_NOISE_FOR_PRV for s in steps):
-        accountant = "rdp"
-    return _epsilon(steps, delta, accountant)
+    steps = tuple(Segment(*s) for s in history)
+    check_settings(steps, delta, accountant)
+    return bound(steps, delta, accountant)
 
 
-@lru_cache(maxsize=4096)
-def _epsilon(history: History, delta: float, accountant: str) -> float:
-    import warnings
+def scheduled(
+    noise_multiplier: float,
+    sample_rate: float,
+    steps: int,
+    schedule: Callable[[int], float] | None = None,
+    first_step: int = 0,
+) -> History:
+    """`steps` steps at σ_t = σ·schedule(t), t = first_step, first_step + 1, …
 
-    from opacus.accountants import create_accountant
+    Args:
+        noise_multiplier: σ ≥ 0, before the schedule.
+        sample_rate: q in [0, 1].
+        steps: how many, ≥ 0.
+        schedule: step → factor ≥ 0 on σ; None for 1.
+        first_step: t of the first step.
 
-    machine = create_accountant(accountant)
-    machine.history = [tuple(segment) for segment in history]
-    with warnings.catch_warnings():
-        # "Optimal order is the largest alpha": the bound is valid, only loose.
-        warnings.filterwarnings("ignore", message="Optimal order is the")
-        return max(0.0, float(machine.get_epsilon(delta)))
+    Returns:
+        Neighbours of equal σ as one segment.
+
+    Raises:
+        InputError: if the schedule returns a negative or non-finite factor.
+    """
+    if schedule is None:
+        return extend((), Segment(noise_multiplier, sample_rate, steps))
+    runs: list[Segment] = []
+    for t in range(first_step, first_step + steps):
+        factor = float(schedule(t))
+        if not 0 <= factor < math.inf:
+            raise InputError(f"Expected `schedule` to return factors ≥ 0, got {factor} at {t}.")
+        sigma = noise_multiplier * factor
+        if runs and runs[-1].noise_multiplier == sigma:
+            runs[-1] = runs[-1]._replace(steps=runs[-1].steps + 1)
+        else:
+            runs.append(Segment(sigma, sample_rate, 1))
+    return tuple(runs)
 
 
 def noise_multiplier_for(
@@ -105,6 +127,8 @@ def noise_multiplier_for(
     steps: int,
     spent: Iterable[Segment] = (),
     accountant: str = "prv",
+    schedule: Callable[[int], float] | None = None,
+    first_step: int = 0,
 ) -> float:
     """The smallest σ (to 0.3%, rounded up) whose `steps` steps, after `spent`, stay within budget.
 
@@ -115,9 +139,11 @@ def noise_multiplier_for(
         steps: steps still to take, ≥ 1.
         spent: what was run before on the same data.
         accountant: "prv" or "rdp".
+        schedule: step → factor on σ; None for a constant σ.
+        first_step: the step of the plan at which the schedule goes on.
 
     Returns:
-        σ with epsilon(spent + steps at σ) ≤ target_epsilon.
+        σ, before the schedule, with epsilon(spent + steps at σ) ≤ target_epsilon.
 
     Raises:
         InputError: if no σ does: `spent` already used the budget up, or the target lies below
@@ -126,16 +152,23 @@ def noise_multiplier_for(
     if not target_epsilon > 0:
         raise InputError(f"Expected `target_epsilon` to be > 0, got {target_epsilon}.")
     spent = tuple(spent)
+    factors = scheduled(1.0, sample_rate, steps, schedule, first_step)
 
-    def excess(sigma: float, machine: str = accountant) -> float:
-        history = extend(spent, Segment(sigma, sample_rate, steps))
-        return epsilon(history, delta, machine) - target_epsilon
+    def spends(sigma: float, machine: str = accountant) -> float:
+        plan = (segment._replace(noise_multiplier=sigma * segment[0]) for segment in factors)
+        return epsilon((*spent, *plan), delta, machine)
 
     # RDP is cheap and close: where it finds a σ, the search with PRV starts from that one.
-    sigma = _smallest(lambda s: excess(s, "rdp"), start=1.0, growth=2.0)
+    sigma = _smallest(lambda s: spends(s, "rdp") - target_epsilon, start=1.0, growth=2.0)
     if accountant != "rdp":
+        closer = None
+        if sigma is not None:
+            ratio = spends(0.97 * sigma, "rdp") / spends(sigma, "rdp")
+            closer = _secant(spends, target_epsilon, sigma, math.log(ratio) / math.log(0.97))
         growth = 2.0 if sigma is None else 1.1
-        sigma = _smallest(excess, start=sigma or 1.0, growth=growth)
+        sigma = closer or _smallest(
+            lambda s: spends(s) - target_epsilon, start=sigma or 1.0, growth=growth
+        )
     if sigma is None:
         raise InputError(
             f"Expected a `target_epsilon` that some noise can meet, got {target_epsilon} at "
@@ -144,6 +177,30 @@ def noise_multiplier_for(
             "ε than 'rdp'."
         )
     return sigma
+
+
+def _secant(
+    spends: Callable[[float], float], target: float, sigma: float, slope: float
+) -> float | None:
+    """σ with spends(σ) just below `target`, near a σ that meets it; None where that fails.
+
+    log ε is nearly a straight line in log σ, of `slope` at first: two or three ε do.
+    """
+    spend = spends(sigma)
+    for _ in range(6):
+        if not (slope < 0 < spend):
+            return None
+        further = math.log(target / spend) / slope  # what to add to log σ
+        if -_PRECISION < further <= 0:
+            return sigma
+        nearer = sigma * math.exp(further + _PRECISION / 3)
+        if not _LEAST_NOISE < nearer < _MOST_NOISE or nearer == sigma:
+            return None
+        before, spend = spend, spends(nearer)
+        if spend > 0:
+            slope = math.log(spend / before) / math.log(nearer / sigma)
+        sigma = nearer
+    return None
 
 
 def _smallest(excess: Callable[[float], float], *, start: float, growth: float) -> float | None:
@@ -176,17 +233,21 @@ def affordable_steps(
     limit: int | None = None,
     spent: Iterable[Segment] = (),
     accountant: str = "prv",
+    schedule: Callable[[int], float] | None = None,
+    first_step: int = 0,
 ) -> int:
     """How many more steps at (σ, q) stay within `target_epsilon`, up to `limit`.
 
     Args:
         target_epsilon: ε that must not be exceeded.
         delta: δ in (0, 1).
-        noise_multiplier: σ ≥ 0.
+        noise_multiplier: σ ≥ 0, before the schedule.
         sample_rate: q in (0, 1].
         limit: the answer is not sought beyond this; None doubles until the budget is spent.
         spent: what was run before on the same data.
         accountant: "prv" or "rdp".
+        schedule: step → factor on σ; None for a constant σ.
+        first_step: the step of the plan at which the schedule goes on.
 
     Returns:
         The largest n ≤ limit with epsilon(spent + n steps) ≤ target_epsilon; 0 if there is none.
@@ -196,23 +257,51 @@ def affordable_steps(
     """
     spent = tuple(spent)
 
-    def fits(n: int) -> bool:
-        history = extend(spent, Segment(noise_multiplier, sample_rate, n))
-        return epsilon(history, delta, accountant) <= target_epsilon
+    def excess(n: int) -> float:
+        plan = scheduled(noise_multiplier, sample_rate, n, schedule, first_step)
+        history = (*spent, *plan)
+        # RDP is cheaper by far, and enough where it is within the target.
+        rough = epsilon(history, delta, "rdp") - target_epsilon
+        if accountant == "rdp" or rough <= -0.5 * abs(target_epsilon):
+            return rough
+        return epsilon(history, delta, accountant) - target_epsilon
 
     if limit is None:
         limit = 1
-        while fits(limit):
+        while excess(limit) <= 0:
             limit *= 2
             if limit > _MOST_STEPS:
                 raise InputError(
                     f"Expected a plan with an end, got none and a budget for over {_MOST_STEPS} "
                     "steps. Set max_steps or max_epochs."
                 )
-    elif fits(limit):
+    elif excess(limit) <= 0:
         return limit
-    low, high = 0, limit  # low fits (or is 0), high does not
+    return _last_within(excess, limit)
+
+
+def _last_within(excess: Callable[[int], float], high: int) -> int:
+    """The last n < high with excess(n) ≤ 0 for a growing `excess`, of which excess(high) > 0.
+
+    A straight line between the ends, which shortens the bracket fast where ε is smooth, and a
+    half where that failed. One step to each side of the line, so that both ends close in.
+    """
+    low, value_low, value_high = 0, -math.inf, excess(high)
+    halve = True
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        if halve or not (math.isfinite(value_low) and math.isfinite(value_high)):
+            middle = (low + high) // 2
+        else:
+            share = -value_low / (value_high - value_low)
+            guess = low + int(share * (high - low))
+            # just beyond the guess, on the side of the end that is further away
+            nudge = 1 + (high - low) // 64
+            middle = guess + nudge if guess - low < high - guess else guess - nudge
+            middle = min(max(middle, low + 1), high - 1)
+        value, length = excess(middle), high - low
+        if value <= 0:
+            low, value_low = middle, value
+        else:
+            high, value_high = middle, value
+        halve = high - low > length / 2
     return low

@@ -8,9 +8,10 @@ from typing import Any
 from defend.errors import BudgetError, InputError
 from defend.privacy import accounting
 from defend.privacy.accounting import History, Segment
+from defend.privacy.curve import EpsilonCurve
+from defend.privacy.schedules import Schedule, factor
 
-# ε is computed exactly this many times over a fit; in between, the next one is shown.
-_EPSILON_POINTS = 20
+_ENDLESS = 1000  # steps of a plan without an end whose ε is computed at a time
 
 
 class Budget:
@@ -22,9 +23,10 @@ class Budget:
         noise_multiplier: σ ≥ 0, or None to have it found for the target.
         accountant: "prv" or "rdp".
         insecure: whether noise and sampling use a fixed seed.
+        noise_schedule: step of the plan → factor on σ, or None for a constant σ.
 
     Attributes:
-        noise_multiplier: σ of the current fit; None until it is found.
+        noise_multiplier: σ of the current fit, before the schedule; None until it is found.
         sample_rate: q of the current fit; None until the data is known.
 
     Raises:
@@ -39,6 +41,7 @@ class Budget:
         noise_multiplier: float | None = None,
         accountant: str = "prv",
         insecure: bool = False,
+        noise_schedule: Schedule | None = None,
     ) -> None:
         _check_settings(delta, target_epsilon, noise_multiplier, accountant)
         self.delta = delta
@@ -46,24 +49,28 @@ class Budget:
         self.accountant = accountant
         self.noise_multiplier = noise_multiplier
         self.sample_rate: float | None = None
+        self.noise_schedule = noise_schedule
         # Each fit's steps under a name of its own, so that accounts can be united: what two of
         # them share is counted once, what only one of them knows is counted too.
-        self._fits: dict[str, Segment] = {}
-        self._fit = ""
+        self._fits: dict[str, History] = {}
+        self.fit = ""
         self._given_noise = noise_multiplier
         self._insecure = insecure  # this run, or one that it goes on from
         self._plan: dict[str, Any] | None = None  # what σ was found for
-        self._before: History = ()  # history at the start of this fit
+        self._first = 0  # step of the plan that this fit starts at
         self._allowed: float = 0
+        self._remaining: float = 0
         self._taken = 0
-        self._stride = 1
+        self._curve: EpsilonCurve | None = None
+        self._curve_start = 0
 
     @property
     def history(self) -> History:
         """All steps ever charged, in order."""
         history: History = ()
-        for segment in self._fits.values():
-            history = accounting.extend(history, segment)
+        for fit in self._fits.values():
+            for segment in fit:
+                history = accounting.extend(history, segment)
         return history
 
     @property
@@ -98,17 +105,15 @@ class Budget:
             InputError: if σ is to be found for a plan without an end, or none meets the target.
         """
         self.sample_rate = sample_rate
-        self._before, self._taken = self.history, 0
-        self._fit = uuid.uuid4().hex
+        self._taken, self._first, self._curve = 0, done, None
+        self.fit = uuid.uuid4().hex
         remaining = None if math.isinf(planned) else max(int(planned) - done, 0)
+        self._remaining = math.inf if remaining is None else remaining
         if self._given_noise is None:
             self._find_noise(remaining, done)
         else:
             self.noise_multiplier = self._given_noise
             self._find_allowance(remaining)
-        expected = self._allowed if remaining is None else min(remaining, self._allowed)
-        endless = math.isinf(expected)
-        self._stride = 500 if endless else max(1, math.ceil(expected / _EPSILON_POINTS))
 
     def _find_allowance(self, remaining: int | None) -> None:
         self._allowed = math.inf
@@ -123,6 +128,8 @@ class Budget:
                 limit=remaining,
                 spent=self.history,
                 accountant=self.accountant,
+                schedule=self._schedule,
+                first_step=self._first,
             )
 
     def _find_noise(self, remaining: int | None, done: int) -> None:
@@ -135,7 +142,10 @@ class Budget:
             )
         self._allowed = remaining
         if remaining == 0:
-            self.noise_multiplier = self.history[-1].noise_multiplier if self.history else 0.0
+            if self._plan is not None:
+                self.noise_multiplier = self._plan["noise_multiplier"]
+            else:
+                self.noise_multiplier = self.history[-1].noise_multiplier if self.history else 0.0
             return
         plan = {
             "target_epsilon": self.target_epsilon,
@@ -155,52 +165,88 @@ class Budget:
             steps=remaining,
             spent=self.history,
             accountant=self.accountant,
+            schedule=self._schedule,
+            first_step=self._first,
         )
         self._plan = {"for": plan, "noise_multiplier": self.noise_multiplier}
         if self.steps:
+            lost = self.steps - done
+            why = (
+                f"{lost} of them after the checkpoint or in other branches: nothing is refunded."
+                if done and lost > 0
+                else "on what the account takes for the same data; where it is not, start a new "
+                "account and ledger."
+            )
             warnings.warn(
                 f"ε = {self.epsilon:.4g} of {self.target_epsilon} was spent by {self.steps} "
-                f"earlier steps, which leaves noise_multiplier={self.noise_multiplier:.4g} for the "
-                "rest. If those trained another model on other data, use a new "
-                "DifferentialPrivacy.",
+                f"earlier steps, {why} That leaves "
+                f"noise_multiplier={self.noise_multiplier:.4g} for the rest.",
                 stacklevel=2,
             )
 
-    def charge(self) -> int:
-        """Count a step; to be called before it is released. Returns its number, from 0.
+    @property
+    def next_noise(self) -> float:
+        """σ of the next step, after the schedule."""
+        assert self.noise_multiplier is not None
+        return self.noise_multiplier * factor(self.noise_schedule, self._first + self._taken)
 
-        Raises:
-            BudgetError: if the step would exceed the target; it is not counted then.
-        """
+    @property
+    def next_step(self) -> int:
+        """Step of the plan that comes next, those before a resume included."""
+        return self._first + self._taken
+
+    def check(self) -> None:
+        """Raise a `BudgetError` if a further step would exceed the target."""
         if self.exhausted:
             raise BudgetError(
                 f"Expected to stop at ε = {self.target_epsilon}, got a further step after "
                 f"{self.steps} that would exceed it. Remove min_epochs and min_steps, or raise "
                 "target_epsilon."
             )
-        number = self.steps
+
+    def charge(self) -> int:
+        """Count a step; to be called before it is released. Returns its number in the plan.
+
+        Raises:
+            BudgetError: if the step would exceed the target; it is not counted then.
+        """
+        self.check()
+        assert self.sample_rate is not None
+        number = self.next_step
+        step = Segment(self.next_noise, self.sample_rate, 1)
+        self._fits[self.fit] = accounting.extend(self._fits.get(self.fit, ()), step)
         self._taken += 1
-        self._fits[self._fit] = self._segment(self._taken)
         return number
 
-    def epsilon_ahead(self) -> float:
-        """ε at the next point of a coarse grid of steps: exact there, an upper bound before.
+    def epsilon_now(self) -> float:
+        """ε spent so far, or a tight upper bound on it, at the cost of a lookup.
 
-        An accountant takes up to seconds for one ε; this asks it some 20 times a fit.
+        The curve over all steps of the plan is computed once (`EpsilonCurve`).
         """
-        ahead = min(math.ceil(self._taken / self._stride) * self._stride, self._allowed)
-        history = accounting.extend(self._before, self._segment(int(ahead)))
-        return accounting.epsilon(history, self.delta, self.accountant)
+        since = self._taken - self._curve_start
+        if self._curve is None or since > self._curve.steps:
+            self._curve_start, since = self._taken, 0
+            left = min(self._allowed, self._remaining) - self._taken
+            ahead = _ENDLESS if math.isinf(left) else max(int(left), 0)
+            plan = accounting.scheduled(
+                self.noise_multiplier or 0.0,
+                self.sample_rate or 0.0,
+                ahead,
+                self._schedule,
+                first_step=self.next_step,
+            )
+            self._curve = EpsilonCurve(plan, self.delta, self.accountant, spent=self.history)
+        return self._curve(since)
 
-    def _segment(self, steps: int) -> Segment:
-        assert self.noise_multiplier is not None
-        assert self.sample_rate is not None
-        return Segment(self.noise_multiplier, self.sample_rate, steps)
+    @property
+    def _schedule(self) -> Schedule | None:
+        schedule = self.noise_schedule
+        return None if schedule is None else lambda step: factor(schedule, step)
 
     def state_dict(self) -> dict[str, Any]:
         """The account as plain data; holds no secret."""
         return {
-            "fits": {name: list(segment) for name, segment in self._fits.items()},
+            "fits": {name: [list(s) for s in fit] for name, fit in self._fits.items()},
             "plan": self._plan,
             "insecure": self._insecure,
         }
@@ -210,14 +256,19 @@ class Budget:
 
         A fit known to both counts with the larger number of steps, so a rollback does not refund.
         """
-        merged: dict[str, Segment] = {}
-        for name, saved in state["fits"].items():
-            segment = Segment(*saved)
-            known = self._fits.get(name, segment)
-            merged[name] = max(segment, known, key=lambda s: s.steps)
-        self._fits = {**merged, **{n: s for n, s in self._fits.items() if n not in merged}}
+        saved = {name: tuple(Segment(*s) for s in fit) for name, fit in state["fits"].items()}
+        self.unite(saved, insecure=state["insecure"])
         self._plan = state["plan"]
-        self._insecure |= state["insecure"]
+
+    def unite(self, fits: dict[str, History], *, insecure: bool) -> None:
+        """Take up fits by name, as a ledger or another account knows them."""
+        merged = {
+            name: max(fit, self._fits.get(name, ()), key=accounting.total_steps)
+            for name, fit in fits.items()
+        }
+        self._fits = {**merged, **{n: f for n, f in self._fits.items() if n not in merged}}
+        self._insecure |= insecure
+        self._curve = None
 
 
 def _check_settings(

@@ -8,7 +8,7 @@ With gᵢ the gradient of record i over all parameters together,
 (Abadi et al. 2016, arXiv 1607.00133, Algorithm 1, with B expected rather than drawn.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -62,7 +62,20 @@ def clip_and_sum(
     if not gradients:
         return []
     norms = per_record_norms(gradients)
-    factors = clip_factors(norms, max_grad_norm)
+    return scale_and_sum(gradients, norms, clip_factors(norms, max_grad_norm), weights)
+
+
+def scale_and_sum(
+    gradients: Sequence[Tensor], norms: Tensor, factors: Tensor, weights: Tensor | None = None
+) -> list[Tensor]:
+    """Σᵢ wᵢ · factorᵢ · gᵢ, parameter by parameter.
+
+    Args:
+        gradients: one tensor `[N, *parameter.shape]` for each parameter.
+        norms: of each record, shape `[N]`; where one is not finite the record adds 0.
+        factors: shape `[N]`, float32 or wider.
+        weights: as in `clip_and_sum`.
+    """
     if weights is not None:
         factors = factors * weights.to(factors)
     broken = ~norms.isfinite()
@@ -75,22 +88,19 @@ def clip_and_sum(
 
 
 def add_noise_(
-    sums: Sequence[Tensor],
-    *,
-    noise_multiplier: float,
-    max_grad_norm: float,
-    generator: torch.Generator,
+    sums: Sequence[Tensor], *, deviation: float, draw: Callable[[Tensor], Tensor]
 ) -> None:
-    """Add N(0, (σC)²) to every coordinate, in place.
+    """Add N(0, deviation²) to every coordinate, in place.
 
     Args:
         sums: clipped sums, one tensor a parameter.
-        noise_multiplier: σ ≥ 0.
-        max_grad_norm: C, the L2 sensitivity of the sums taken together.
-        generator: source of the noise, on the device of the sums.
+        deviation: σ · C, C being the L2 sensitivity of the sums taken together.
+        draw: gives standard normals of a tensor's shape, new ones at each call
+            (`Randomness.gaussian`).
     """
-    scale = noise_multiplier * max_grad_norm
-    if scale == 0:
+    if deviation == 0:
         return
     for total in sums:
-        total.add_(torch.empty_like(total).normal_(0.0, scale, generator=generator))
+        noise = draw(total)
+        # Added in the wider of the two: secure noise is float64.
+        total.copy_(total.to(noise.dtype).add_(noise, alpha=deviation))

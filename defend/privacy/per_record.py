@@ -1,22 +1,30 @@
-"""One gradient a record, by Opacus' hooks, on the user's own module.
+"""One gradient a record, on the user's own module.
 
-The only importer of `opacus.grad_sample`. The module is not wrapped: its class, its forward and
-the keys of its state_dict stay as they are.
+The module is not wrapped: its class, its forward and the keys of its state_dict stay as they are,
+and no gradient of a record is ever stored on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from defend.errors import PrivacyError
+from defend.privacy.hooks import Call, LayerCalls
+from defend.privacy.layers import gradients_of, has_formula
 
 
 class PerRecordGradients:
-    """Hooks that leave gᵢ, the gradient of record i's loss, on every trainable parameter.
+    """Hooks that collect gᵢ, the gradient of record i's loss, for every trainable parameter.
 
-    Assumes a loss that is the mean over the rows of a batch, as Lightning users write it: the
-    hooks multiply by the number of rows.
+    Assumes a loss that is the mean over the rows of a batch, as Lightning users write it: gᵢ is
+    multiplied by the number of rows.
+
+    *Guarantee.* Row i of a gradient comes from row i of what each layer was given and got back. A
+    model that reorders or mixes rows between layers breaks this without a trace in shapes or sums;
+    only a comparison with each record alone finds it (`defend.privacy.selftest`).
 
     Args:
         module: the module to watch; hooks are installed at once.
@@ -26,30 +34,45 @@ class PerRecordGradients:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        from opacus.grad_sample import GradSampleHooks
-
         self.module = module
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self._checked: set[str] = set()
-        self._padding = {
-            m.weight: m.padding_idx
-            for m in module.modules()
-            if isinstance(m, nn.Embedding) and m.padding_idx is not None
-        }
-        # Opacus' backward hooks refuse in-place activations; out of place they compute the same.
-        self._in_place = [m for m in module.modules() if getattr(m, "inplace", False) is True]
+        self._names: dict[Tensor, str] = {p: n for n, p in self.parameters.items()}
+        self._checked: set[tuple[str, int | None]] = set()
+        self._gradients: dict[Tensor, Tensor] = {}
+        self._by_formula: set[Tensor] = set()
+        self._other_rows: dict[Tensor, int] = {}
+        self._repeated: set[Tensor] = set()
+        self._calls = LayerCalls(module, self._receive, self._repeat)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled module takes its hooks along, but no record's gradient."""
+        return {**vars(self), "_gradients": {}}
+
+    def expect(self, rows: int) -> None:
+        """Announce the next batch, before its forward.
+
+        Ids of shape `[1, T]` that are looked up in an nn.Embedding and broadcast over the batch
+        (positions, say) are then looked up once a row, so that each record has its own gradient.
+
+        Args:
+            rows: rows that will be in the batch, padding included; at least 1.
+        """
+        self._calls.rows = rows
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether a per-record gradient has come in since the last `clear()`."""
+        return bool(self._gradients)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, forward and backward leave no per-record gradients."""
+        before = self._calls.hooks_enabled
+        self._calls.disable_hooks()
         try:
-            self._hooks = GradSampleHooks(module, strict=True)
-        except NotImplementedError as error:
-            for parameter in module.parameters():
-                for leftover in ("grad_sample", "_forward_counter"):
-                    vars(parameter).pop(leftover, None)
-            raise PrivacyError(
-                "Expected layers whose per-record gradients can be computed, got one that cannot: "
-                f"{error} Replace it, or freeze its parameters."
-            ) from error
-        for m in self._in_place:
-            m.inplace = False  # type: ignore[assignment]
+            yield
+        finally:
+            self._calls.hooks_enabled = before
 
     def read(self, rows: int) -> list[Tensor]:
         """The per-record gradients of the last backward, `[rows, *shape]` for each parameter.
@@ -64,7 +87,7 @@ class PerRecordGradients:
                 counted more than once, or if no gradient came at all.
         """
         gradients = [self._of(n, p, rows) for n, p in self.parameters.items()]
-        self._compare_with_autograd(gradients)
+        self._compare_with_autograd(gradients, rows)
         if all(g is None for g in gradients):
             raise PrivacyError(
                 "Expected `training_step` to return a loss that depends on the parameters, got no "
@@ -75,48 +98,96 @@ class PerRecordGradients:
             for g, p in zip(gradients, self.parameters.values(), strict=True)
         ]
 
+    def clear(self) -> None:
+        """Forget all gradients, per record and summed, and how many rows were expected."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self._gradients.clear()
+        self._by_formula.clear()
+        self._other_rows.clear()
+        self._repeated.clear()
+        self._calls.reset()
+
+    def remove(self) -> None:
+        """Take the hooks away and leave the module as it was, with no private gradient on it."""
+        self.clear()
+        self._calls.remove()
+
+    def _repeat(self, module: nn.Module) -> None:
+        self._repeated.update(module.parameters())
+
+    def _receive(self, call: Call) -> None:
+        """Add the gradients of one call to those of the batch."""
+        found = gradients_of(
+            call.module,
+            call.args,
+            call.kwargs,
+            call.gradient * call.rows,  # the loss is a mean
+            place=call.place,
+            autocast=call.autocast,
+        )
+        if has_formula(call.module):
+            self._by_formula.update(found)
+        for parameter, gradient in found.items():
+            if parameter not in self._names:
+                continue
+            if call.order is not None:
+                of_records = gradient.new_zeros((call.rows, *parameter.shape))
+                of_records[call.order[: len(gradient)]] = gradient
+                gradient = of_records
+            if len(gradient) != call.rows:
+                self._other_rows[parameter] = len(gradient)
+            earlier = self._gradients.get(parameter)
+            if earlier is None:
+                self._gradients[parameter] = gradient
+            elif len(earlier) == len(gradient):
+                # Not in place: a formula may return the very tensor that it was given.
+                self._gradients[parameter] = earlier + gradient
+            else:
+                self._other_rows[parameter] = min(len(earlier), len(gradient))
+
     def _of(self, name: str, parameter: nn.Parameter, rows: int) -> Tensor | None:
-        gradient = getattr(parameter, "grad_sample", None)
+        gradient = self._gradients.get(parameter)
         if gradient is None:
             if parameter.grad is None:
                 return None
             raise PrivacyError(
                 f"Expected a gradient per record for `{name}`, got only their sum: the weight is "
-                "used outside its own module's forward, its module is in eval mode, or its forward "
-                "ran again for another purpose or under a checkpoint. Call each module for the "
-                "loss alone, compute what is only logged under torch.no_grad(), or freeze it."
+                "used outside its own module's forward. Call the module instead, or freeze it."
             )
-        if isinstance(gradient, Sequence):
+        if parameter in self._repeated:
             raise PrivacyError(
-                f"Expected one backward a batch, got {len(gradient)} for `{name}`: each would "
-                "count every record again. Add the losses up and run one backward."
+                f"Expected one backward a batch, got 2 or more for `{name}`: each would count "
+                "every record again. Add the losses up and run one backward."
             )
-        if gradient.shape[0] != rows:
+        found = self._other_rows.get(parameter, len(gradient))
+        if found != rows:
             raise PrivacyError(
-                f"Expected {rows} rows, one a record, in the gradient of `{name}`, got "
-                f"{gradient.shape[0]}. Rows were concatenated, dropped or folded into the batch "
-                "dimension on the way; pass each record through as one row."
+                f"Expected {rows} rows, one a record, in the gradient of `{name}`, got {found}. "
+                "Rows were concatenated, dropped or folded into the batch dimension on the way, or "
+                "positions come before records, or all records share one row. Pass each record "
+                "through as one row, records first; give position ids the shape [1, T]."
             )
-        if parameter in self._padding:
-            gradient[:, self._padding[parameter]] = 0  # Opacus fills what autograd leaves out
         return gradient
 
-    def _compare_with_autograd(self, gradients: Sequence[Tensor | None]) -> None:
+    def _compare_with_autograd(self, gradients: Sequence[Tensor | None], rows: int) -> None:
         """The mean of the per-record gradients must be the gradient that autograd found.
 
-        Checked once a parameter. The slack is for rounding: half precision rounds both, TF32 the
-        one, and where the true gradient is zero (a bias before a normalization) both are rounding.
+        Checked once a parameter; once a batch size for layers without a formula, because what
+        they share between rows is told from the rows by its size. The slack is for rounding: half
+        precision rounds both, TF32 the one, and where the true gradient is zero (a bias before a
+        normalization) both are rounding.
         """
         found = [
-            (n, p.grad.float(), g)
+            (n, p.grad.to_dense().float(), g)
             for (n, p), g in zip(self.parameters.items(), gradients, strict=True)
-            if g is not None and p.grad is not None and n not in self._checked
+            if g is not None and p.grad is not None and self._key(n, p, rows) not in self._checked
         ]
         if not found:
             return
         model = torch.stack([total.norm() for _, total, _ in found]).norm()
         for name, total, gradient in found:
-            self._checked.add(name)
+            self._checked.add(self._key(name, self.parameters[name], rows))
             exact = gradient.dtype in (torch.float32, torch.float64)
             own, whole = (1e-2, 1e-4) if exact else (1e-1, 2e-2)
             difference = (gradient.float().mean(0) - total).norm()
@@ -129,22 +200,5 @@ class PerRecordGradients:
                     "optimizer's weight_decay."
                 )
 
-    def clear(self) -> None:
-        """Forget all gradients, per record and summed, and any activations kept for them."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
-            parameter.grad_sample = None  # type: ignore[attr-defined]
-            if hasattr(parameter, "_forward_counter"):
-                parameter._forward_counter = 0
-            if hasattr(parameter, "_current_grad_sample"):
-                del parameter._current_grad_sample
-        for module in self.module.modules():
-            for leftover in ("activations", "max_batch_len"):
-                module.__dict__.pop(leftover, None)
-
-    def remove(self) -> None:
-        """Take the hooks away and leave the module as it was, with no private gradient on it."""
-        self.clear()
-        self._hooks.cleanup()
-        for m in self._in_place:
-            m.inplace = True  # type: ignore[assignment]
+    def _key(self, name: str, parameter: nn.Parameter, rows: int) -> tuple[str, int | None]:
+        return name, None if parameter in self._by_formula else rows

@@ -13,11 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
 )
 
 from defend.errors import PrivacyError
@@ -41,6 +43,7 @@ class Setup:
     automatic_optimization: bool = True
     takes_dataloader_iter: bool = False
     overrides_backward: bool = False
+    compiled: bool = False
     reloads_data: bool = False
     overfits_batches: bool = False
     callbacks: tuple[type, ...] = ()
@@ -98,15 +101,58 @@ def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in module.named_parameters() if p.requires_grad}
 
 
+def _mixes_records(layer: nn.Module) -> bool:
+    """BatchNorm, unless it is frozen: in eval mode, on stored statistics, without training."""
+    if not isinstance(layer, _BatchNorm):
+        return False
+    frozen = not layer.training and layer.running_mean is not None
+    return not frozen or any(p.requires_grad for p in layer.parameters())
+
+
+def _compiled(setup: Setup) -> str | None:
+    if setup.compiled:
+        return "a compiled module"
+    return _layers(setup, lambda m: type(m).__name__ == "OptimizedModule")
+
+
+def _repeated(setup: Setup) -> str | None:
+    """Indices of one data set that lead to the same record."""
+
+    def look(dataset: Any) -> str | None:
+        if isinstance(dataset, Subset):
+            indices = list(dataset.indices)
+            twice = len(indices) - len({int(i) for i in indices})
+            return f"a Subset with {twice} repeated indices" if twice else look(dataset.dataset)
+        if isinstance(dataset, ConcatDataset):
+            parts = dataset.datasets
+            if len({id(part) for part in parts}) < len(parts):
+                return "a ConcatDataset that holds one data set twice"
+            return next((found for found in map(look, parts) if found), None)
+        return None
+
+    return look(getattr(setup.loader, "dataset", None))
+
+
 def _nothing_to_train(setup: Setup) -> str | None:
     return "none" if setup.module is not None and not _trainable(setup.module) else None
 
 
 def _direct_parameters(setup: Setup) -> str | None:
-    if setup.module is None or not next(setup.module.children(), None):
+    if setup.module is None or setup.world_size == 1:
+        return None
+    if next(setup.module.children(), None) is None:
         return None
     direct = setup.module.named_parameters(recurse=False)
     return _some(f"`{n}`" for n, p in direct if p.requires_grad)
+
+
+def _is_fused(layer: nn.Module) -> bool:
+    """Layers that compute several steps, or draw dropout, inside one call."""
+    if not type(layer).__module__.startswith("torch."):
+        return False
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.dropout > 0
+    return isinstance(layer, nn.RNNBase)
 
 
 def _optimizer_count(setup: Setup) -> str | None:
@@ -226,9 +272,10 @@ REFUSALS = (
     Refusal(
         "batch_norm",
         "layers that treat each record alone",
-        lambda s: _layers(s, lambda m: isinstance(m, _BatchNorm)),
+        lambda s: _layers(s, _mixes_records),
         "BatchNorm mixes the records of a batch, also without affine parameters or when partly "
-        "frozen. Use GroupNorm, or `opacus.validators.ModuleValidator.fix(module)`.",
+        "frozen. Use GroupNorm, or `opacus.validators.ModuleValidator.fix(module)`. With public "
+        "statistics, freeze it: requires_grad=False on its parameters, and eval mode.",
     ),
     Refusal(
         "instance_norm_statistics",
@@ -239,22 +286,23 @@ REFUSALS = (
     Refusal(
         "fused_layer",
         "layers that have per-record gradients",
-        lambda s: _layers(
-            s,
-            lambda m: (
-                isinstance(m, nn.RNNBase | nn.MultiheadAttention)
-                and type(m).__module__.startswith("torch.")
-            ),
-        ),
+        lambda s: _layers(s, _is_fused),
         "Use the drop-in layers of opacus.layers, or "
-        "`opacus.validators.ModuleValidator.fix(module)`.",
+        "`opacus.validators.ModuleValidator.fix(module)`; attention also works with dropout=0.",
+    ),
+    Refusal(
+        "compiled",
+        "a module that is not compiled",
+        _compiled,
+        "torch.compile hides the layers from the per-record hooks, which would then miss "
+        "gradients. Train it uncompiled; compile it afterwards.",
     ),
     Refusal(
         "direct_parameters",
-        "parameters inside submodules",
+        "parameters inside submodules, under several processes",
         _direct_parameters,
-        "A parameter directly on the top module hides the layers below it from the per-record "
-        "hooks. Put it in a small nn.Module of its own.",
+        "A parameter directly on the top module makes its whole forward one layer, which "
+        "DistributedDataParallel calls in its own way. Put it in a small nn.Module of its own.",
     ),
     Refusal(
         "nothing_to_train",
@@ -367,6 +415,13 @@ REFUSALS = (
         lambda s: str(s.loaders) if s.loaders is not None and s.loaders != 1 else None,
         "A record in two loaders would be counted twice. Use one loader over one data set in which "
         "each record has one index.",
+    ),
+    Refusal(
+        "repeated_records",
+        "a data set in which each record has one index",
+        _repeated,
+        "A record that joins twice counts twice, and ε is for one. Keep each record once; to weigh "
+        "records differently, weigh their loss by a function of the record alone.",
     ),
     Refusal(
         "map_style",

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch.utils.data import DataLoader, Sampler
 
 from defend.privacy.randomness import Randomness
@@ -87,9 +86,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     def sample(self, step: int) -> list[int]:
         """The records of the whole logical batch of one step, over all ranks."""
-        generator = self.randomness.generator("sampling", step)
-        # float64: the 24 bits of float32 would round a small q.
-        draws = torch.rand(self.size, generator=generator, dtype=torch.float64)
+        # Of 53 bits: the 24 of float32 would round a small q.
+        draws = self.randomness.uniforms(step, self.size)
         return (draws < self.sample_rate).nonzero().flatten().tolist()
 
 

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from defend.errors import PrivacyError
-from defend.privacy.mechanism import add_noise_, clip_and_sum
+from defend.privacy.clipping import AdaptiveClipping, Clipping, FlatClipping
+from defend.privacy.mechanism import add_noise_
 from defend.privacy.per_record import PerRecordGradients
 from defend.privacy.randomness import Randomness
 
@@ -37,11 +39,12 @@ class PrivateStep:
         module: the model; per-record hooks are installed on it.
         optimizer: its optimizer, holding exactly the trainable parameters.
         noise_multiplier: σ ≥ 0.
-        max_grad_norm: C > 0.
+        max_grad_norm: C > 0. Both may be set anew before any `begin`; adaptive clipping moves C.
         expected_batch_size: B = q · N over all processes; what the sum is divided by.
         randomness: source of the noise.
-        charge: called once a step *before* its noise is added; returns the number of the step,
-            or raises to prevent it.
+        charge: called with σ and C once a step *before* its noise is added; returns the number of
+            the step, which its noise is drawn for, or raises to prevent it.
+        clipping: how records are clipped.
         rank: this process.
         world_size: all processes.
     """
@@ -55,7 +58,8 @@ class PrivateStep:
         max_grad_norm: float,
         expected_batch_size: float,
         randomness: Randomness,
-        charge: Callable[[], int],
+        charge: Callable[[float, float], int],
+        clipping: Clipping = FlatClipping(),
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -65,12 +69,15 @@ class PrivateStep:
         self.randomness = randomness
         self.rank = rank
         self.world_size = world_size
+        self.clipping = clipping
         self._charge = charge
         self._sums: list[Tensor] | None = None
+        self._count: Tensor | None = None
         self._expected: tuple[int, int] | None = None
         self._released = False
         self._versions: list[int] = []
         self._module = module
+        self._batch_norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
         self._optimizer = optimizer
         self._per_record = PerRecordGradients(module)
         self._guard = optimizer.register_step_pre_hook(self._refuse_unreleased)
@@ -94,11 +101,23 @@ class PrivateStep:
             )
         self._per_record.clear()
         self._expected = None
+        self._count = None
         self._versions = [p._version for p in self.parameters]
 
     def expect(self, rows: int, records: int) -> None:
         """Announce the next chunk: `rows` rows, of which the first `records` count."""
         self._expected = (rows, records)
+        self._per_record.expect(rows)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a chunk was announced that is not folded yet."""
+        return self._expected is not None
+
+    def discard(self) -> None:
+        """Forget the chunk that was announced last, say because memory ran out in the middle."""
+        self._expected = None
+        self._per_record.clear()
 
     def fold(self) -> None:
         """After a chunk's backward: clip each record, add to the sum, drop its gradients."""
@@ -110,12 +129,15 @@ class PrivateStep:
         weights = None
         if records < rows:
             weights = (torch.arange(rows, device=gradients[0].device) < records).float()
-        sums = clip_and_sum(gradients, self.max_grad_norm, weights)
+        self._refuse_moving_statistics()
+        sums, count = self.clipping.clip(gradients, self.max_grad_norm, weights)
         if self._sums is None:
-            self._sums = sums
+            self._sums, self._count = sums, count
         else:
             for total, part in zip(self._sums, sums, strict=True):
                 total += part
+            if count is not None:
+                self._count = count if self._count is None else self._count + count
         self._per_record.clear()
 
     def release(self) -> None:
@@ -125,7 +147,7 @@ class PrivateStep:
             PrivacyError: if no batch was folded since the last release.
             BudgetError: from `charge`; nothing is released then.
         """
-        if self._expected is not None:
+        if self.pending:
             self.fold()
         if self._sums is None:
             raise PrivacyError("Expected a folded batch before `release()`, got none.")
@@ -141,24 +163,43 @@ class PrivateStep:
                 "Expected the weights to stand still between a batch and its step, got weights "
                 "that changed. Something updates them without noise, in backward or in a hook."
             )
-        number = self._charge()
+        number = self._charge(self.noise_multiplier, self.max_grad_norm)
+        if self._count is not None:
+            sums.append(self._count.to(sums[0].dtype).reshape(()))
         if self.rank == 0:
-            add_noise_(
-                sums,
-                noise_multiplier=self.noise_multiplier,
-                max_grad_norm=self.max_grad_norm,
-                generator=self.randomness.generator("noise", number, sums[0].device),
-            )
+            self._add_noise(sums, number)
         if self.world_size > 1:
             sums = _all_reduce(sums)
-        for parameter, total in zip(self.parameters, sums, strict=True):
+        for parameter, total in zip(self.parameters, sums, strict=False):
             parameter.grad = (total / self.expected_batch_size).to(parameter.dtype)
+        if isinstance(self.clipping, AdaptiveClipping):
+            self.max_grad_norm = self.clipping.update(
+                self.max_grad_norm, float(sums[-1]), self.expected_batch_size
+            )
         self._released = True
+
+    def _add_noise(self, sums: list[Tensor], number: int) -> None:
+        device, sigma = sums[0].device, self.noise_multiplier
+        gradients = sums
+        if isinstance(self.clipping, AdaptiveClipping):
+            *gradients, count = sums
+            deviation = self.clipping.count_deviation(sigma, self.expected_batch_size)
+            add_noise_(
+                [count],
+                deviation=deviation if sigma else 0.0,
+                draw=self.randomness.gaussian(number, device, "count"),
+            )
+            sigma = self.clipping.gradient_multiplier(sigma, self.expected_batch_size)
+        add_noise_(
+            gradients,
+            deviation=sigma * self.max_grad_norm,
+            draw=self.randomness.gaussian(number, device),
+        )
 
     def close(self) -> None:
         """Remove every hook and every private gradient."""
         self._guard.remove()
-        self._sums = None
+        self._sums = self._count = None
         self._per_record.remove()
 
     def _refuse_unreleased(
@@ -178,6 +219,15 @@ class PrivateStep:
         if len(args) > 1:
             return (args[0], checked, *args[2:]), kwargs
         return args, {**kwargs, "closure": checked}
+
+    def _refuse_moving_statistics(self) -> None:
+        """A frozen BatchNorm is safe as long as it stays in eval mode."""
+        if any(m.training for m in self._batch_norms):
+            raise PrivacyError(
+                "Expected frozen BatchNorm layers to stay in eval mode, got one in train mode: it "
+                "mixes the records of a batch. Override `train()` to keep it in eval mode, or use "
+                "GroupNorm."
+            )
 
     def _refuse_strays(self) -> None:
         """Only the parameters known at the start may train."""

@@ -107,13 +107,12 @@ def test_two_runs_of_one_seed_draw_different_noise_and_batches():
 def test_batches_are_poisson_sampled_from_the_first_epoch_on():
     sizes = []
 
-    class Counting(Net):
-        def training_step(self, batch, batch_idx):
+    class Counting(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             sizes.append(len(batch[0]))
-            return super().training_step(batch, batch_idx)
 
     callback = private(insecure_seed=3)
-    fit(callback, Counting, max_epochs=4)
+    fit(callback, extra=[Counting()], max_epochs=4)
     sampler = PoissonBatchSampler(256, 1 / 8, 8, Randomness(insecure_seed=3))
     assert sizes == [len(sampler.sample(step)) for step in range(32)]
     assert len(set(sizes[:8])) > 3
@@ -192,15 +191,15 @@ class Logged(Callback):
         )
 
 
-def test_the_logged_epsilon_is_never_below_the_spent_and_ends_exact():
-    callback = private(accountant="rdp")
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_the_logged_epsilon_is_never_below_the_spent_and_ends_exact(accountant):
+    callback = private(accountant=accountant)
     spy = Logged(callback)
     fit(callback, extra=[spy], max_epochs=5)
     assert len(spy.pairs) == 40
-    assert all(logged >= spent - 1e-6 for logged, spent in spy.pairs)
-    exact = [abs(logged - spent) < 1e-6 for logged, spent in spy.pairs]
-    assert sum(exact) == 20
-    assert exact[-1]
+    # Both are upper bounds, on meshes that differ a little; the log holds float32.
+    assert all(spent - 1e-5 <= logged <= spent + 0.05 for logged, spent in spy.pairs)
+    assert spy.pairs[-1][0] == pytest.approx(spy.pairs[-1][1], abs=1e-5)
 
 
 def test_before_a_fit_nothing_is_known_and_nothing_spent():
@@ -318,7 +317,7 @@ def test_nobody_sees_a_gradient_without_noise():
     class NosyCallback(Callback):
         def look(self, trainer, pl_module, *args):
             seen.append([p.grad for p in pl_module.parameters()])
-            assert all(getattr(p, "grad_sample", None) is None for p in pl_module.parameters())
+            assert not callback._private._step._per_record.holds_any
 
         on_after_backward = on_before_optimizer_step = look
 
@@ -340,7 +339,6 @@ def test_after_the_fit_the_module_is_as_it_was():
     assert list(module.state_dict()) == keys
     assert all(vars(p) == {} and p.grad is None for p in module.parameters())
     assert not any(m._forward_hooks or m._backward_hooks for m in module.modules())
-    assert not hasattr(module, "autograd_grad_sample_hooks")
     assert not set(vars(run.strategy)) & {"training_step", "process_dataloader"}
     assert not run.optimizers[0]._optimizer_step_pre_hooks
     run.validate(module, loader(16, 16), verbose=False)
@@ -433,7 +431,7 @@ def dropping(rows):
         (HalfTrained, None, {}, "`net.2.weight` left out"),
         (TakesIterator, None, {}, "dataloader_iter"),
         (OwnBackward, None, {}, "overrides it"),
-        (Skipping, None, {}, "got no gradient at all"),
+        (Skipping, None, {}, "a loss for every batch, got None"),
         (Concatenating, None, {}, "in the gradient of `net.0.weight`"),
         (OutsideItsModule, None, {}, "gradient per record for `net.2.weight`"),
         (Net, None, {"accumulate_grad_batches": 2}, "accumulate_grad_batches=1, got 2"),
@@ -444,7 +442,7 @@ def dropping(rows):
         (Net, None, {"extra": [LearningRateFinder()]}, "got LearningRateFinder"),
         (Net, lambda: [loader(), loader()], {}, "one training loader, got 2"),
         (Net, lambda: DataLoader(data(8), batch_size=16), {}, "16 from 8 records"),
-        (Net, lambda: DataLoader(data(64), 32, collate_fn=dropping), {}, "one for each sampled"),
+        (Net, lambda: DataLoader(data(64), 32, collate_fn=dropping), {}, "6 rows, one a record, .* got 5"),
         (Net, None, {"extra": [Another(**SETTINGS)]}, "one DifferentialPrivacy callback, got two"),
     ],
 )

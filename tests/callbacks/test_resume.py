@@ -18,9 +18,9 @@ from tests.processes import NOISE
 ROOT = Path(__file__).parents[2]
 
 
-def run(folder, *, seed="none", kill_at=0, resume="none"):
+def run(folder, *, seed="none", kill_at=0, resume="none", ledger="shared"):
     folder.mkdir(exist_ok=True)
-    arguments = ["train_private", folder, seed, kill_at, resume]
+    arguments = ["train_private", folder, seed, kill_at, resume, ledger]
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.processes", *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
@@ -34,16 +34,20 @@ def report(process):
 
 @pytest.mark.parametrize("seed", ["none", "11"])
 def test_kill_and_resume_in_mid_epoch(tmp_path, seed):
-    straight = report(run(tmp_path / "straight", seed=seed))
+    straight = report(run(tmp_path / "straight", seed=seed, ledger="own"))
     killed = run(tmp_path / "killed", seed=seed, kill_at=13)
     assert killed.returncode == -signal.SIGKILL
     last = tmp_path / "killed" / "step=12.ckpt"
     assert last.exists()
     resumed = report(run(tmp_path / "resumed", seed=seed, resume=last))
 
-    assert straight["epsilon"] == resumed["epsilon"] <= 4.0
-    assert straight["history"] == resumed["history"]
-    assert sum(steps for *_, steps in resumed["history"]) == 32
+    # 12 steps to the checkpoint, one more that was lost but not refunded, and 20 after it.
+    assert sum(steps for *_, steps in straight["history"]) == 32
+    assert sum(steps for *_, steps in resumed["history"]) == 33
+    if seed == "none":
+        assert 3.8 < resumed["epsilon"] <= 4.0  # the target holds all the same
+    else:
+        assert resumed["epsilon"] > straight["epsilon"]
     weights = [torch.tensor(r["weights"]) for r in (straight, resumed)]
     if seed == "none":
         # Fresh entropy: neither the same run again, nor the same noise after a resume.
@@ -119,7 +123,7 @@ def test_checkpoints_hold_no_secret_and_load_as_weights_only(tmp_path):
 
     class Peek(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            roots.append(callback._randomness.root)
+            roots.append(callback._private._randomness.root)
 
     module = Net()
     program = trainer(callbacks=[callback, Peek()])
@@ -128,7 +132,7 @@ def test_checkpoints_hold_no_secret_and_load_as_weights_only(tmp_path):
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert str(roots[0]) not in str(checkpoint)
     (state,) = [v for k, v in checkpoint["callbacks"].items() if "DifferentialPrivacy" in k]
-    assert set(state) == {"fits", "plan", "insecure"}
+    assert set(state) == {"fits", "plan", "insecure", "max_grad_norm", "ledger", "anchor"}
 
 
 PLAIN = """

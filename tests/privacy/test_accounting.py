@@ -3,24 +3,27 @@ import math
 import pytest
 
 from defend import InputError
+from defend.privacy import curve
 from defend.privacy.accounting import (
     Segment,
     affordable_steps,
     epsilon,
     extend,
     noise_multiplier_for,
+    scheduled,
     total_steps,
 )
 
 DELTA = 1e-5
 
 
-def second_opinion(history, delta):
+def second_opinion(history, delta, interval=1e-4):
     """ε by Google's dp-accounting (privacy loss distributions), independent of Opacus."""
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
 
-    accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant = PLDAccountant(relation, value_discretization_interval=interval)
     for sigma, rate, steps in history:
         event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma))
         accountant.compose(event, steps)
@@ -124,3 +127,162 @@ def test_affordable_steps_at_its_ends():
 def test_little_noise_costs_no_memory(sigma):
     history = [(sigma, 0.1, 1000)]
     assert epsilon(history, DELTA, "prv") == epsilon(history, DELTA, "rdp") > 100
+
+
+@pytest.mark.parametrize("sigma", [0.6, 1.0, 4.0])
+@pytest.mark.parametrize("rate", [1e-3, 0.02, 0.3])
+@pytest.mark.parametrize("steps", [1, 30, 1000])
+def test_grid_against_a_second_accountant(sigma, rate, steps):
+    if epsilon([(sigma, rate, steps)], DELTA, "rdp") > 40:  # the second accountant is slow there
+        steps //= 10
+    # It rounds losses up, by more than small ones are.
+    reference = second_opinion([(sigma, rate, steps)], DELTA, 1e-4 if rate < 0.01 else 1e-3)
+    ours = epsilon([(sigma, rate, steps)], DELTA)
+    assert reference - 2e-3 <= ours <= reference + 0.015
+    if reference > 1:  # and that is close enough to tell what is planted
+        assert epsilon([(sigma, 0.95 * rate, steps)], DELTA) < reference - 2e-3
+        assert epsilon([(sigma / 2, rate, steps)], DELTA) > reference + 0.015
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [(0.4, 1e-5, 1000)],
+        [(0.5, 0.3, 1_000_000)],  # a mesh of 10^9 cells, if one let it
+        [(1.0, 1.0, 100_000)],
+        [(100.0, 1e-5, 1)],
+        [(100.0, 0.3, 1), (0.4, 1.0, 3)],
+        [(1e6, 0.5, 10)],
+    ],
+)
+@pytest.mark.parametrize("delta", [1e-300, 1e-12, 1e-9, 1e-2, 0.9])
+@pytest.mark.filterwarnings("error")
+def test_every_corner_has_a_finite_bound(history, delta):
+    prv, rdp = (epsilon(history, delta, accountant) for accountant in ("prv", "rdp"))
+    assert 0 <= prv <= rdp < math.inf
+
+
+def test_memory_is_bounded(monkeypatch):
+    meshes = []
+    mesh = curve._mesh
+    monkeypatch.setattr(curve, "_mesh", lambda *a: meshes.append(mesh(*a)) or meshes[-1])
+    curve.bound.cache_clear()
+    assert epsilon([(0.5, 0.02, 100_000)], DELTA) > 100
+    assert epsilon([(0.5, 0.02, 3_000)], DELTA) > 10
+    assert max(cells for _, cells, _ in meshes) <= 1.01 * curve._MOST_CELLS
+    # A coarser mesh is paid for in ε, or given up for RDP.
+    assert all(error >= 0.01 for _, _, error in meshes)
+
+
+@pytest.mark.parametrize(
+    "segment", [(-1.0, 0.1, 1), (math.nan, 0.1, 1), (1.0, 1.1, 1), (1, 0.1, -1)]
+)
+def test_refuses_what_is_no_segment(segment):
+    with pytest.raises(InputError, match=r"Expected segments .*noise_multiplier ≥ 0"):
+        epsilon([segment], DELTA)
+
+
+@pytest.mark.parametrize("n", [93, 99, 105])
+def test_steps_are_planned_exactly_where_the_rate_cannot_be_inverted(n):
+    rate = 1 / n
+    assert int(1 / rate) != n  # what must not be relied on
+    plan = scheduled(1.0, rate, 2 * n)
+    assert total_steps(plan) == 2 * n
+    assert epsilon(plan, DELTA, "rdp") == epsilon([(1.0, rate, 2 * n)], DELTA, "rdp")
+    budget = epsilon(plan, DELTA, "rdp")
+    settings = {"delta": DELTA, "noise_multiplier": 1.0, "sample_rate": rate, "accountant": "rdp"}
+    assert affordable_steps(budget, **settings) == 2 * n
+    # Two steps fewer are told apart.
+    assert epsilon([(1.0, rate, 2 * int(1 / rate))], DELTA, "rdp") < budget
+
+
+def stairs(t):
+    return 1.5 if t < 40 else 1.0 if t < 90 else 0.8
+
+
+def test_a_schedule_is_the_composition_of_its_steps():
+    plan = scheduled(2.0, 0.05, 100, stairs, first_step=20)
+    assert plan == (
+        Segment(3.0, 0.05, 20), Segment(2.0, 0.05, 50), Segment(1.6, 0.05, 30),
+    )  # fmt: skip
+    slow = ()
+    for t in range(20, 120):
+        slow = extend(slow, Segment(2.0 * stairs(t), 0.05, 1))
+    assert plan == slow
+    one_by_one = [(2.0 * stairs(t), 0.05, 1) for t in range(20, 120)]
+    for accountant in ("prv", "rdp"):
+        fast = epsilon(plan, DELTA, accountant)
+        assert fast == pytest.approx(epsilon(one_by_one, DELTA, accountant), abs=1e-9)
+        assert fast != pytest.approx(
+            epsilon(scheduled(2.0, 0.05, 100, stairs), DELTA, accountant), rel=0.005
+        )
+    reference = second_opinion(plan, DELTA, 1e-3)
+    assert reference - 2e-3 <= epsilon(plan, DELTA) <= reference + 0.012
+
+
+def test_no_schedule_is_a_constant_one():
+    assert scheduled(2.0, 0.05, 7) == (Segment(2.0, 0.05, 7),)
+    assert scheduled(2.0, 0.05, 7, lambda t: 1.0) == (Segment(2.0, 0.05, 7),)
+    assert scheduled(2.0, 0.05, 0) == scheduled(2.0, 0.05, 0, stairs) == ()
+
+
+@pytest.mark.parametrize("factor", [-0.1, math.nan, math.inf])
+def test_refuses_a_schedule_without_meaning(factor):
+    with pytest.raises(InputError, match=r"`schedule` to return factors ≥ 0, got .* at 5"):
+        scheduled(1.0, 0.1, 3, lambda t: factor, first_step=5)
+
+
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_noise_for_a_target_with_a_schedule(accountant):
+    settings = {"delta": DELTA, "sample_rate": 0.05, "accountant": accountant}
+    sigma = noise_multiplier_for(3.0, steps=100, schedule=stairs, first_step=20, **settings)
+
+    def spends(sigma, first_step=20):
+        return epsilon(scheduled(sigma, 0.05, 100, stairs, first_step), DELTA, accountant)
+
+    assert spends(sigma) <= 3.0 < spends(0.99 * sigma)
+    assert spends(sigma, first_step=50) > 3.0  # the schedule's place matters
+    n = affordable_steps(
+        2.5, noise_multiplier=sigma, limit=100, schedule=stairs, first_step=20, **settings
+    )
+    assert 0 < n < 100
+    plans = [scheduled(sigma, 0.05, k, stairs, 20) for k in (n, n + 1)]
+    assert epsilon(plans[0], DELTA, accountant) <= 2.5 < epsilon(plans[1], DELTA, accountant)
+
+
+def test_noise_for_a_schedule_that_never_stands_still():
+    def falling(t):
+        return 2 - t / 40
+
+    settings = {"delta": DELTA, "sample_rate": 0.05, "steps": 40, "schedule": falling}
+    sigma = noise_multiplier_for(4.0, **settings)
+    assert 3.96 < epsilon(scheduled(sigma, 0.05, 40, falling), DELTA) <= 4.0
+    assert sigma < noise_multiplier_for(4.0, accountant="rdp", **settings)
+
+
+@pytest.mark.parametrize(
+    ("target", "delta", "rate", "steps"), [(3.0, 1e-5, 0.05, 600), (8.0, 1e-4, 128 / 1437, 300)]
+)
+def test_few_compositions_find_the_noise_and_the_steps(monkeypatch, target, delta, rate, steps):
+    calls = []
+    prv = curve._prv
+    monkeypatch.setattr(curve, "_prv", lambda *a: calls.append(a) or prv(*a))
+    curve.bound.cache_clear()
+    sigma = noise_multiplier_for(target, delta=delta, sample_rate=rate, steps=steps)
+    assert epsilon([(sigma, rate, steps)], delta) <= target
+    assert epsilon([(0.996 * sigma, rate, steps)], delta) > target
+    assert len(calls) <= 6
+    calls.clear()
+    plan = {"delta": delta, "noise_multiplier": sigma, "sample_rate": rate}
+    n = affordable_steps(0.8 * target, limit=steps, **plan)
+    assert len(calls) <= 12
+    assert epsilon([(sigma, rate, n)], delta) <= 0.8 * target
+    assert epsilon([(sigma, rate, n + 1)], delta) > 0.8 * target
+
+
+def test_tiny_targets_are_met():
+    sigma = noise_multiplier_for(0.05, delta=DELTA, sample_rate=0.01, steps=1000)
+    assert epsilon([(sigma, 0.01, 1000)], DELTA) <= 0.05
+    assert epsilon([(0.99 * sigma, 0.01, 1000)], DELTA) > 0.05
+    with pytest.raises(InputError, match="some noise can meet"):
+        noise_multiplier_for(0.005, delta=1e-9, sample_rate=0.01, steps=1000)

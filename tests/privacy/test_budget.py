@@ -5,7 +5,8 @@ import math
 import pytest
 
 from defend import BudgetError, InputError
-from defend.privacy import Budget, epsilon
+from defend.privacy import Budget, Segment, epsilon
+from defend.privacy.schedules import Decay
 
 Q, DELTA = 0.1, 1e-3
 
@@ -46,17 +47,58 @@ def test_the_last_affordable_step_is_the_last():
 
 
 @pytest.mark.parametrize("planned", [1, 7, 20, 33, 200])
-def test_epsilon_ahead_is_an_upper_bound_that_ends_exact(planned):
+def test_epsilon_now_is_a_tight_upper_bound_that_ends_exact(planned):
     account = budget(noise_multiplier=None, target_epsilon=3.0)
     account.open(sample_rate=Q, planned=planned, done=0)
-    exact = 0
     for _ in range(planned):
         account.charge()
-        assert account.epsilon - 1e-9 <= account.epsilon_ahead() <= 3.0
-        exact += account.epsilon_ahead() == account.epsilon
-    assert account.epsilon_ahead() == account.epsilon
-    assert exact >= min(planned, 17)
+        assert account.epsilon - 1e-9 <= account.epsilon_now() <= min(3.0, account.epsilon + 1e-6)
+    assert account.epsilon_now() == pytest.approx(account.epsilon, abs=1e-6)
     assert account.exhausted
+
+
+def test_epsilon_now_goes_on_without_an_end():
+    account = budget()
+    account.open(sample_rate=Q, planned=math.inf, done=0)
+    for _ in range(2100):
+        account.charge()
+        now = account.epsilon_now()
+    assert now == pytest.approx(account.epsilon, abs=1e-6)
+
+
+def test_a_schedule_is_charged_step_by_step_from_its_place_in_the_plan():
+    schedule = Decay(0.5, every=3)
+    first = spend(budget(noise_multiplier=8.0, noise_schedule=schedule), 4, planned=7)
+    assert first.history == ((8.0, Q, 3), (4.0, Q, 1))
+    rest = budget(noise_multiplier=8.0, noise_schedule=schedule)
+    rest.merge(json.loads(json.dumps(first.state_dict())))
+    spend(rest, 3, planned=7, done=4)
+    assert rest.history == ((8.0, Q, 3), (4.0, Q, 3), (2.0, Q, 1))
+    assert rest.epsilon == epsilon(rest.history, DELTA, "rdp")
+    assert rest.epsilon_now() == pytest.approx(rest.epsilon, abs=1e-6)
+
+
+def test_a_scheduled_plan_meets_its_target():
+    account = budget(noise_multiplier=None, target_epsilon=3.0, noise_schedule=Decay(0.9, every=10))
+    spend(account, 50, planned=50)
+    assert 2.9 < account.epsilon <= 3.0
+    assert account.exhausted
+    assert len(account.history) == 5
+
+
+def test_steps_after_the_checkpoint_are_not_refunded():
+    """The ledger knows 14 steps, the checkpoint 10: σ rises so that the target still holds."""
+    first = spend(budget(noise_multiplier=None, target_epsilon=3.0), 10, planned=40)
+    state = json.loads(json.dumps(first.state_dict()))
+    again = budget(noise_multiplier=None, target_epsilon=3.0)
+    again.merge(state)
+    spent = (Segment(first.noise_multiplier, Q, 14),)
+    again.unite(dict.fromkeys(state["fits"], spent), insecure=False)
+    with pytest.warns(UserWarning, match="4 of them after the checkpoint"):
+        spend(again, 30, planned=40, done=10)
+    assert again.steps == 44
+    assert again.noise_multiplier > first.noise_multiplier
+    assert 2.9 < again.epsilon <= 3.0
 
 
 def test_a_resumed_plan_keeps_its_noise_and_a_changed_one_finds_another():

@@ -89,7 +89,11 @@ def deviation_is_promised(noise, promised):
 def draw(noise_multiplier, C, seed=0):
     sums = [torch.zeros(200, 100), torch.zeros(500)]
     generator = torch.Generator().manual_seed(seed)
-    add_noise_(sums, noise_multiplier=noise_multiplier, max_grad_norm=C, generator=generator)
+
+    def normal(like):
+        return torch.empty_like(like).normal_(generator=generator)
+
+    add_noise_(sums, deviation=noise_multiplier * C, draw=normal)
     return as_vector(sums)
 
 

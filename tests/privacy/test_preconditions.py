@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     DistributedSampler,
     IterableDataset,
@@ -59,9 +60,14 @@ def hooked(register):
     return module
 
 
-def half_frozen_norm():
-    norm = nn.BatchNorm1d(3, affine=False).eval()
-    return nn.Sequential(nn.Linear(3, 3), norm)
+def norm(affine=False, frozen=True, stored=True, training=False):
+    layer = nn.BatchNorm1d(3, affine=affine, track_running_stats=stored).train(training)
+    layer.requires_grad_(not frozen)
+    return nn.Sequential(nn.Linear(3, 3), layer)
+
+
+def compiled():
+    return nn.Sequential(torch.compile(nn.Linear(3, 3)))
 
 
 def with_optimizers(make):
@@ -71,7 +77,21 @@ def with_optimizers(make):
 
 CASES = [
     ("batch_norm", Setup(module=nn.Sequential(nn.BatchNorm2d(3))), "BatchNorm2d at `0`.*GroupNorm"),
-    ("batch_norm", Setup(module=half_frozen_norm()), "BatchNorm1d at `1`.*ModuleValidator.fix"),
+    ("batch_norm", Setup(module=norm(training=True)), "BatchNorm1d at `1`.*ModuleValidator.fix"),
+    ("batch_norm", Setup(module=norm(affine=True, frozen=False)), "at `1`.*requires_grad=False"),
+    ("batch_norm", Setup(module=norm(stored=False)), "BatchNorm1d at `1`"),
+    ("compiled", Setup(module=compiled()), "not compiled, got OptimizedModule at `0`"),
+    ("compiled", Setup(compiled=True), "got a compiled module"),
+    (
+        "repeated_records",
+        Setup(loader=DataLoader(Subset(DATA, [0, 1, 1, 2]), 2)),
+        "each record has one index, got a Subset with 1 repeated",
+    ),
+    (
+        "repeated_records",
+        Setup(loader=DataLoader(Subset(ConcatDataset([DATA, DATA]), range(30)), 2)),
+        "a ConcatDataset that holds one data set twice",
+    ),
     ("batch_norm", Setup(module=nn.SyncBatchNorm(3)), "SyncBatchNorm at `.`"),
     (
         "instance_norm_statistics",
@@ -81,10 +101,14 @@ CASES = [
     ("fused_layer", Setup(module=nn.Sequential(nn.LSTM(3, 3))), "LSTM at `0`.*opacus.layers"),
     (
         "fused_layer",
-        Setup(module=nn.Sequential(nn.MultiheadAttention(4, 2))),
+        Setup(module=nn.Sequential(nn.MultiheadAttention(4, 2, dropout=0.1))),
         "MultiheadAttention at `0`",
     ),
-    ("direct_parameters", Setup(module=Direct()), "parameters inside submodules, got `scale`"),
+    (
+        "direct_parameters",
+        Setup(module=Direct(), world_size=2),
+        "parameters inside submodules, under several processes, got `scale`",
+    ),
     (
         "nothing_to_train",
         Setup(module=linear().requires_grad_(False)),
@@ -204,6 +228,10 @@ def test_several_reasons_come_in_one_error():
     [
         linear(),
         nn.Linear(3, 2),
+        Direct(),
+        nn.MultiheadAttention(4, 2),
+        norm(),
+        norm(affine=True),
         nn.Sequential(nn.GroupNorm(1, 3), nn.LayerNorm(3), nn.InstanceNorm2d(3)),
         nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(), nn.Embedding(3, 3)),
     ],

@@ -16,7 +16,7 @@ class Charges:
     def __init__(self):
         self.count = 0
 
-    def __call__(self):
+    def __call__(self, noise_multiplier, max_grad_norm):
         self.count += 1
         return self.count - 1
 
@@ -168,7 +168,7 @@ def test_the_charge_comes_before_the_release():
     module = networks()["mlp"]
     step, optimizer = make(module, 1.0)
 
-    def broke():
+    def broke(noise_multiplier, max_grad_norm):
         raise PrivacyError("no budget")
 
     step._charge = broke

@@ -1,0 +1,238 @@
+"""The gradient of each record in one call of one layer: a rule for each kind of layer.
+
+With xᵢ the input row of record i, f the layer and bᵢ the gradient of the loss in its output row,
+
+    gᵢ = ∂⟨f(θ, xᵢ), bᵢ⟩ / ∂θ
+
+Layers that Opacus has a formula for use it (`opacus.grad_sample`), where the formula is right for
+the layer's settings. All others are computed by `torch.func`, record by record in one batch: that
+is right for any layer that treats rows alone, children included.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from defend.errors import PrivacyError
+
+Gradients = dict[Tensor, Tensor]  # by parameter
+
+
+def trainable_layers(module: nn.Module) -> list[nn.Module]:
+    """The modules to watch: each that has trainable parameters of its own.
+
+    What lies below a module without a formula is part of it, and not listed again.
+
+    Raises:
+        PrivacyError: for layers whose per-record gradients cannot be had.
+    """
+    for m in module.modules():
+        _refuse_positions_first(m)
+    found = list(_walk(module))
+    inside = {c for m in found if not has_formula(m) for c in m.modules() if c is not m}
+    layers = [m for m in dict.fromkeys(found) if m not in inside]
+    for m in layers:
+        if next(m.buffers(), None) is not None:
+            raise PrivacyError(
+                "Expected layers whose per-record gradients can be computed, got "
+                f"{type(m).__name__}, which has parameters of its own and buffers. Buffers may "
+                "hold statistics of the data. Replace it, put its parameters into a small module "
+                "without buffers, or freeze its parameters."
+            )
+    return layers
+
+
+def _walk(module: nn.Module) -> Iterator[nn.Module]:
+    own = any(p.requires_grad for p in module.parameters(recurse=False))
+    own = own and not takes_packed(module)  # its parameters are its cells', by other names
+    if own or is_parametrized(module):
+        if any(p.requires_grad for p in module.parameters()):
+            yield module
+        if not has_formula(module):
+            return
+    for child in module.children():
+        yield from _walk(child)
+
+
+def _refuse_positions_first(module: nn.Module) -> None:
+    """Attention layers of Opacus that hand positions, not records, first to their inner layers."""
+    from opacus.layers import DPMultiheadAttention
+
+    if isinstance(module, DPMultiheadAttention) and not module.batch_first:
+        raise PrivacyError(
+            "Expected records in the first dimension, got DPMultiheadAttention with "
+            "batch_first=False: its inner layers take positions for records. Set batch_first=True."
+        )
+    if isinstance(module, DPMultiheadAttention) and module.add_bias_kv:
+        raise PrivacyError(
+            "Expected layers whose per-record gradients can be computed, got "
+            "DPMultiheadAttention with add_bias_kv=True. Set add_bias_kv=False."
+        )
+
+
+def has_formula(module: nn.Module) -> bool:
+    """Whether Opacus' formula for this type is right for this very layer."""
+    from opacus.grad_sample import GradSampleHooks
+
+    if "forward" in vars(module):  # replaced on the instance
+        return False
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.padding_mode != "zeros":
+        return False
+    if type(module) is nn.LayerNorm and module.bias is None:
+        return False
+    return type(module) in GradSampleHooks.GRAD_SAMPLERS
+
+
+def takes_packed(module: nn.Module) -> bool:
+    """Whether `module` is a recurrent layer, whose cells see the rows of a packed sequence."""
+    from opacus.layers.dp_rnn import DPRNNBase
+
+    return isinstance(module, DPRNNBase)
+
+
+def gradients_of(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    gradient: Tensor,
+    *,
+    place: int = 0,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> Gradients:
+    """gᵢ for the trainable parameters of `module`, each `[rows, *shape]`.
+
+    Args:
+        module: the layer.
+        args: positional inputs of the call, rows first.
+        kwargs: inputs by name.
+        gradient: b, the gradient of the loss in the layer's output, `[rows, ...]`.
+        place: which tensor of the output `gradient` belongs to.
+        autocast: the settings that the call ran under; None for full precision.
+
+    Raises:
+        PrivacyError: if the gradients of the rows cannot be told apart.
+    """
+    from opacus.grad_sample import GradSampleHooks
+
+    try:
+        if type(module) is nn.EmbeddingBag:
+            return _embedding_bag(module, *args, gradient=gradient, **kwargs)
+        if has_formula(module) and len(args) == 1 and not kwargs and _fits(args[0], gradient):
+            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+                formula = GradSampleHooks.GRAD_SAMPLERS[type(module)]
+                found: Gradients = formula(module, list(args), gradient)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                found[module.weight][:, module.padding_idx] = 0  # as autograd does
+            return found
+        return _by_row(module, args, kwargs, gradient, place, autocast or nullcontext())
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        if isinstance(error, PrivacyError):
+            raise
+        raise PrivacyError(
+            f"Expected {type(module).__name__}, which has parameters of its own, to run on one "
+            f"record at a time, got {type(error).__name__}: {error} Dropout, branches on the data "
+            "and statistics of the batch cannot be computed again: keep them out of modules with "
+            "parameters of their own, or freeze its parameters."
+        ) from error
+
+
+def _fits(tensor: Any, gradient: Tensor) -> bool:
+    """Whether an input has a row for each row of the output."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.ndim > 0
+        and gradient.ndim > 0
+        and tensor.shape[0] == gradient.shape[0]
+    )
+
+
+class _Forward(nn.Module):
+    """`module.forward` alone, without the hooks on the module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
+def _by_row(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    gradient: Tensor,
+    place: int,
+    autocast: AbstractContextManager[Any],
+) -> Gradients:
+    """The formula at the top, differentiated by torch.func for all rows at once."""
+    inputs, structure = tree_flatten((args, dict(kwargs)))
+    batched = [_fits(t, gradient) for t in inputs]
+    shared = [t for t, own in zip(inputs, batched, strict=True) if not own]
+    if not any(batched) or any(
+        isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] != 1 for t in shared
+    ):
+        raise PrivacyError(
+            f"Expected one row a record in every input of {type(module).__name__}, got shapes "
+            f"{[tuple(t.shape) for t in inputs if isinstance(t, Tensor)]} for an output "
+            f"{tuple(gradient.shape)}. Give it records in the first dimension, and what all "
+            "records share with a first dimension of 1."
+        )
+    forward = _Forward(module)
+
+    def product(values: dict[str, Tensor], rows: list[Tensor], b: Tensor) -> Tensor:
+        row = iter(rows)
+        leaves = [
+            next(row).unsqueeze(0) if own else t for t, own in zip(inputs, batched, strict=True)
+        ]
+        own_args, own_kwargs = tree_unflatten(leaves, structure)
+        with autocast:
+            output = functional_call(forward, values, own_args, own_kwargs)
+        return (tree_leaves(output)[place] * b.unsqueeze(0)).sum()
+
+    parameters = {f"module.{n}": p for n, p in module.named_parameters() if p.requires_grad}
+    values = {n: p.detach() for n, p in parameters.items()}
+    rows = [t for t, own in zip(inputs, batched, strict=True) if own]
+    found = vmap(grad(product), in_dims=(None, 0, 0))(values, rows, gradient)
+    return {p: found[n] for n, p in parameters.items()}
+
+
+def _embedding_bag(
+    module: nn.EmbeddingBag,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+    *,
+    gradient: Tensor,
+) -> Gradients:
+    """gᵢ adds bᵢ, divided by the size of the bag if it is a mean, at each id in bag i."""
+    if module.mode == "max" or (input.ndim == 1 and offsets is None):
+        raise PrivacyError(
+            f"Expected EmbeddingBag with mode 'sum' or 'mean' and offsets, got {module.mode!r}. "
+            "Use another mode, or nn.Embedding."
+        )
+    rows, ids = gradient.shape[0], input.flatten()
+    if offsets is None:
+        bag = torch.arange(rows, device=ids.device).repeat_interleave(input.shape[1])
+    else:
+        places = torch.arange(len(ids), device=ids.device)
+        bag = torch.bucketize(places, offsets[:rows], right=True) - 1
+    weight = torch.ones_like(ids, dtype=gradient.dtype)
+    if module.padding_idx is not None:
+        weight = weight * (ids != module.padding_idx)
+    if per_sample_weights is not None:
+        weight = weight * per_sample_weights.flatten()
+    if module.mode == "mean":
+        size = weight.new_zeros(rows).index_add_(0, bag, weight)
+        weight = weight / size.clamp_min(1)[bag]
+    found = gradient.new_zeros((rows, *module.weight.shape))
+    found.index_put_((bag, ids), gradient[bag] * weight.unsqueeze(1), accumulate=True)
+    return {module.weight: found}

@@ -1,0 +1,388 @@
+"""One probe of the user's own step before the first real one: is a record's gradient its own?
+
+Structure can be refused by looking at it (`preconditions`); what a forward or a loss *does* cannot.
+So the step is tried, on a copy of the module and a few records:
+
+1. **Alone or together.** The gradient of a record in a batch, as the per-record hooks report it,
+   is the gradient that autograd finds for the record in a batch of its own. Batch statistics,
+   weighted or summed losses, mixed, dropped or doubled rows and weights that the hooks miss fail.
+2. **Leave one out.** Without one record the clipped sum moves by at most C, attack included.
+3. **Replace one.** With another record in its place, nothing about the other records changes, under
+   real random numbers (the same ones): not their gradients, nor their adversarial versions.
+4. **No trace.** The attack leaves gradients, modes, buffers and random state as they were; the
+   step moves no weights, and no buffer takes up what the records hold.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from defend.errors import InputError, PrivacyError
+from defend.privacy.mechanism import clip_and_sum
+from defend.privacy.per_record import PerRecordGradients
+from defend.privacy.still import StillRandomness, seeded
+
+RECORDS = 7  # six in the batch, one to take another's place
+_ALONE = 2  # records whose gradient is computed alone
+
+# Structure breaks a gradient by its own size; rounding stays far below these.
+_SLACK = {torch.float64: 1e-4, torch.float32: 1e-2}
+_SLACK_HALF = 1e-1
+_MOVE_SLACK = 1e-2
+_MOVE_SLACK_ATTACKED = 5e-2  # a sign that flips by rounding moves a whole step of the attack
+
+Loss = Callable[[nn.Module, Any], Tensor]
+Attack = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What the probe found.
+
+    Attributes:
+        findings: one sentence for each break, with its cure; empty when there is none.
+        largest_move: how far leaving one record out moved the clipped sum, in units of C. Computed
+            from the data without noise: look at it, but do not publish it.
+        seconds: how long the probe took.
+    """
+
+    findings: tuple[str, ...]
+    largest_move: float
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return not self.findings
+
+    def require(self) -> None:
+        """Raise a `PrivacyError` that lists the findings, if there are any."""
+        if self.findings:
+            raise PrivacyError(
+                "The self-test on your own step and data found that this run would not be "
+                "private.\n" + "\n".join(f"- {finding}" for finding in self.findings)
+            )
+
+
+def selftest(
+    module: nn.Module,
+    records: Sequence[Any],
+    *,
+    loss: Loss,
+    collate: Callable[[list[Any]], Any],
+    attack: Attack | None = None,
+    max_grad_norm: float = 1.0,
+    half: bool = False,
+) -> SelfTest:
+    """Try the step on a copy of `module` and report whatever breaks the guarantee.
+
+    Args:
+        module: the model, in the modes that it trains in. Neither it nor its state is changed.
+        records: at least 3 items of the data set, best 7, different in content and label.
+        loss: (module, batch) → the mean loss over the rows of the batch, as training computes it.
+        collate: items → batch, on the right device.
+        attack: (module, batch) → adversarial batch, or None. It must draw the same numbers at each
+            call.
+        max_grad_norm: C.
+        half: whether the step computes in half precision (autocast), which rounds more.
+
+    Returns:
+        The findings; `require()` raises if there are any.
+
+    Raises:
+        InputError: for fewer than 3 records.
+        PrivacyError: if the module cannot be copied.
+    """
+    start = time.perf_counter()
+    if len(records) < 3:
+        raise InputError(f"Expected at least 3 records for the self-test, got {len(records)}.")
+    probe = _Probe(
+        copy_for_probe(module), list(records), loss, collate, attack, max_grad_norm, half
+    )
+    with seeded(0, probe.devices):
+        findings, largest = probe.run()
+    return SelfTest(tuple(findings), largest, time.perf_counter() - start)
+
+
+def copy_for_probe(module: nn.Module) -> nn.Module:
+    """A deep copy that shares data sets and loaders, which may be large, with the original."""
+    shared = {
+        id(value): value
+        for m in module.modules()
+        for value in vars(m).values()
+        if isinstance(value, Dataset | DataLoader)
+    }
+    try:
+        return copy.deepcopy(module, shared)
+    except Exception as error:
+        raise PrivacyError(
+            "Expected a module that can be copied for the self-test, got "
+            f"{type(error).__name__}: {error}. Keep open files, locks and the like out of the "
+            "module, or pass selftest=False and answer for the step yourself."
+        ) from error
+
+
+def spread(size: int, count: int = RECORDS) -> list[int]:
+    """`count` positions spread evenly over a data set, so that sorted labels differ."""
+    count = min(count, size)
+    return [i * (size - 1) // max(count - 1, 1) for i in range(count)]
+
+
+class _Probe:
+    def __init__(
+        self,
+        module: nn.Module,
+        records: list[Any],
+        loss: Loss,
+        collate: Callable[[list[Any]], Any],
+        attack: Attack | None,
+        max_grad_norm: float,
+        half: bool,
+    ) -> None:
+        self.module, self.loss, self.collate, self.attack = module, loss, collate, attack
+        *self.records, self.spare = records
+        self.max_grad_norm, self.half = max_grad_norm, half
+        self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.devices = sorted({p.device for p in module.parameters()}, key=str)
+        self.before = _state(module)
+
+    def run(self) -> tuple[list[str], float]:
+        per_record = PerRecordGradients(self.module)
+        findings: list[str] = []
+        largest = 0.0
+        try:
+            with StillRandomness():
+                together = self._gradients(per_record, self.records)
+                findings += self._alone(per_record, together)
+                if not findings:
+                    largest = self._leave_one_out(per_record, together)
+                    findings += self._judge_move(largest)
+            if not findings:
+                findings += self._replace_one(per_record)
+        except PrivacyError as error:  # what reading the gradients found by itself
+            findings.append(str(error))
+        finally:
+            per_record.remove()
+        return findings, largest
+
+    def _gradients(
+        self, per_record: PerRecordGradients, records: list[Any], *, attacked: bool = False
+    ) -> list[Tensor]:
+        """Gradients `[rows, *shape]` of one batch, from the state that the copy started in."""
+        batch = self.collate(list(records))
+        if attacked:
+            batch = self._attacked(per_record, batch)
+        return self._step(per_record, batch, len(records))
+
+    def _attacked(self, per_record: PerRecordGradients, batch: Any) -> Any:
+        """The adversarial batch.
+
+        Raises:
+            PrivacyError: if the attack left anything behind.
+        """
+        if self.attack is None:
+            return batch
+        _restore(self.module, self.before)
+        before = _trace(self.module, self.devices, per_record)
+        batch = self.attack(self.module, batch)
+        left = _changed(before, _trace(self.module, self.devices, per_record))
+        if left is not None:
+            raise PrivacyError(
+                f"Expected an attack that leaves no trace on the module, got a changed {left}. "
+                "Run it in `defend.attacks.no_trace`, or restore what it changes."
+            )
+        return batch
+
+    def _step(self, per_record: PerRecordGradients, batch: Any, rows: int) -> list[Tensor]:
+        _restore(self.module, self.before)
+        per_record.expect(rows)
+        with torch.enable_grad():
+            self.loss(self.module, batch).backward()
+        try:
+            return [g.detach().clone() for g in per_record.read(rows)]
+        finally:
+            per_record.clear()
+
+    # --- 1: alone or together ---------------------------------------------------------------------
+
+    def _alone(self, per_record: PerRecordGradients, together: list[Tensor]) -> list[str]:
+        for i in range(min(_ALONE, len(self.records))):
+            try:
+                alone = self._autograd(per_record, self.records[i])
+            except Exception as error:
+                return [
+                    "Expected a step that works on one record, as it does on several, got "
+                    f"{type(error).__name__}: {error} Poisson batches have any size; keep the "
+                    "batch dimension (no squeeze()), and use no statistics of the batch."
+                ]
+            worst = self._difference([g[i] for g in together], alone)
+            if worst is not None:
+                return [
+                    "Expected each record's gradient to be the same alone and in a batch, got one "
+                    f"that differs by {worst[1]:.0%} at `{worst[0]}`. The forward or the loss "
+                    "mixes records (batch statistics, mixup, a loss weighted or normalized over "
+                    "the batch, padding that is not masked), or the loss is not the plain mean "
+                    "over rows. Compute each row from its own record, and take the mean."
+                ]
+        return []
+
+    def _autograd(self, per_record: PerRecordGradients, record: Any) -> list[Tensor]:
+        """The gradient of one record in a batch of its own, without hooks."""
+        _restore(self.module, self.before)
+        with per_record.paused(), torch.enable_grad():
+            # Not `autograd.grad`: reentrant checkpoints forbid it.
+            self.loss(self.module, self.collate([record])).backward()
+        return [
+            torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
+            for p in self.parameters.values()
+        ]
+
+    # --- 2: leave one out -------------------------------------------------------------------------
+
+    def _leave_one_out(self, per_record: PerRecordGradients, together: list[Tensor]) -> float:
+        """‖sum over all − sum without the first record‖ / C."""
+        if self.attack is not None:
+            together = self._gradients(per_record, self.records, attacked=True)
+        without = self._gradients(per_record, self.records[1:], attacked=True)
+        sums = [clip_and_sum(g, self.max_grad_norm) for g in (together, without)]
+        moves = [(a - b).norm() for a, b in zip(*sums, strict=True)]
+        return float(torch.stack([m.float() for m in moves]).norm()) / self.max_grad_norm
+
+    def _judge_move(self, largest: float) -> list[str]:
+        slack = _MOVE_SLACK if self.attack is None else _MOVE_SLACK_ATTACKED
+        if largest <= 1 + slack:
+            return []
+        return [
+            f"Expected the clipped sum to move by at most C without one record, got {largest:.2f} "
+            "C: other records' gradients change with it, or it is counted more than once."
+        ]
+
+    # --- 3 and 4: replace one, no trace -----------------------------------------------------------
+
+    def _replace_one(self, per_record: PerRecordGradients) -> list[str]:
+        findings = []
+        outcomes = []
+        for first in (self.records[0], self.spare):
+            records = [first, *self.records[1:]]
+            with seeded(1, self.devices):
+                batch = self._attacked(per_record, self.collate(list(records)))
+            with seeded(2, self.devices):
+                gradients = self._step(per_record, batch, len(records))
+            after = _state(self.module)
+            outcomes.append((batch, gradients, after))
+        (batch, gradients, after), (other_batch, other_gradients, other_after) = outcomes
+        findings += self._judge_state(after, other_after)
+        if self.attack is not None and _rows_differ(batch, other_batch, len(self.records)):
+            findings.append(
+                "Expected the adversarial version of a record to depend on that record alone, got "
+                "one that moves with another record of the batch. Attack each record by its own "
+                "gradient, in eval mode, without statistics or stopping rules of the batch."
+            )
+        rest = ([g[1:] for g in gradients], [g[1:] for g in other_gradients])
+        worst = self._difference(*rest)
+        if worst is not None:
+            findings.append(
+                "Expected the gradients of other records to stay when one record is replaced, got "
+                f"a change of {worst[1]:.0%} at `{worst[0]}`. Something mixes records: mixup, a "
+                "second forward with shuffled rows, statistics or label counts of the batch."
+            )
+        return findings
+
+    def _difference(self, found: list[Tensor], expected: list[Tensor]) -> tuple[str, float] | None:
+        """Where two gradients differ most, relative to the whole of it; None if by rounding."""
+        whole = torch.stack([e.float().norm() for e in expected]).norm()
+        parts = [(f - e).float().norm() for f, e in zip(found, expected, strict=True)]
+        slack = (
+            _SLACK_HALF if self.half else max(_SLACK.get(e.dtype, _SLACK_HALF) for e in expected)
+        )
+        if not torch.stack(parts).norm() > slack * whole + 1e-12:
+            return None
+        name, worst = max(zip(self.parameters, parts, strict=True), key=lambda pair: float(pair[1]))
+        return name, float(worst / whole.clamp_min(1e-12))
+
+    def _judge_state(self, after: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+        parameters = dict(self.module.named_parameters())
+        moved = [n for n in parameters if not _same(self.before[n], after[n])]
+        if moved:
+            return [
+                f"Expected the step to leave the weights alone, got `{moved[0]}` changed in "
+                "`training_step` or forward, without noise. Leave updates to the optimizer."
+            ]
+        filled = [n for n in after if n not in parameters and not _same(after[n], other[n])]
+        if filled:
+            return [
+                f"Expected buffers that do not depend on the data, got `{filled[0]}`, which the "
+                "step fills from the records; it is published without noise. Remove it, or "
+                "compute it on public data before training."
+            ]
+        return []
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _restore(module: nn.Module, state: dict[str, Tensor]) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in state:
+            tensor.data.copy_(state[name])
+        tensor.grad = None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def _trace(
+    module: nn.Module, devices: Sequence[torch.device], per_record: PerRecordGradients
+) -> dict[str, list[Any]]:
+    """All that an attack might leave behind."""
+    return {
+        "per-record gradient": [per_record.holds_any],
+        "gradient": [p.grad for p in module.parameters()],
+        "requires_grad": [p.requires_grad for p in module.parameters()],
+        "training mode": [m.training for m in module.modules()],
+        "weight or buffer": list(_state(module).values()),
+        "random state": [torch.get_rng_state()]
+        + [torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"],
+    }
+
+
+def _changed(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> str | None:
+    def same(a: Any, b: Any) -> bool:
+        both = isinstance(a, Tensor) and isinstance(b, Tensor)
+        return _same(a, b) if both else a is b or (type(a) is type(b) is bool and a == b)
+
+    for name, values in before.items():
+        if len(values) != len(after[name]) or not all(map(same, values, after[name])):
+            return name
+    return None
+
+
+def _rows_differ(one: Any, other: Any, rows: int) -> bool:
+    """Whether any tensor of two batches differs in its rows after the first."""
+    return any(
+        a.shape == b.shape and len(a) == rows and not torch.allclose(a[1:], b[1:], atol=1e-5)
+        for a, b in zip(_tensors(one), _tensors(other), strict=False)
+        if a.ndim and b.ndim
+    )
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, dict):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _tensors(value)
+    elif hasattr(batch, "__dict__"):
+        yield from _tensors(vars(batch))

@@ -1,0 +1,104 @@
+"""Random numbers held still, so that a record's gradient can be compared across batches."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_PART = 0.37  # of the way through a range: neither end, nor the middle
+
+
+class StillRandomness(TorchDispatchMode):
+    """Inside, each random tensor is filled with one constant.
+
+    A dropout mask is drawn by position, so a record alone and the same record in a batch get
+    different ones, though nothing is wrong. With constants both get the same, whatever the shape
+    and the layout: dropout keeps everything, uniforms are 0.37 of the way, normals 0.37 deviations
+    off. `randperm` and `multinomial` stay as they are: what they shuffle is what is looked for.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        schema = func._schema
+        name = schema.name.removeprefix("aten::")
+        if name == "native_dropout":
+            x = args[0]
+            return x.clone(), torch.ones_like(x, dtype=torch.bool)
+        args = list(args)
+        for i, argument in enumerate(schema.arguments):  # dropout inside a fused kernel
+            if argument.name in ("dropout_p", "dropout"):
+                if i < len(args):
+                    args[i] = 0.0
+                elif argument.name in kwargs:
+                    kwargs[argument.name] = 0.0
+        result = func(*args, **kwargs)
+        constant = _CONSTANTS.get(name)
+        if constant is not None:
+            settings = {a.name: v for a, v in zip(schema.arguments, args, strict=False)}
+            result.fill_(constant({**settings, **kwargs}))
+        return result
+
+
+def _uniform(settings: Mapping[str, Any]) -> float:
+    low, high = settings.get("from", 0.0), settings.get("to", 1.0)
+    return low + _PART * (high - low)
+
+
+def _normal(settings: Mapping[str, Any]) -> float | Tensor:
+    mean, std = settings.get("mean", 0.0), settings.get("std", 1.0)
+    if isinstance(mean, Tensor) or isinstance(std, Tensor):
+        return _PART
+    return mean + _PART * std
+
+
+def _integer(settings: Mapping[str, Any]) -> int:
+    low = settings.get("low", settings.get("from", 0)) or 0
+    high = settings.get("high", settings.get("to", 2)) or 2
+    return int(low + _PART * (high - low))
+
+
+_CONSTANTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "rand": _uniform,
+    "rand_like": _uniform,
+    "uniform_": _uniform,
+    "randn": _normal,
+    "randn_like": _normal,
+    "normal_": _normal,
+    "normal": _normal,
+    "randint": _integer,
+    "randint_like": _integer,
+    "random_": _integer,
+    "bernoulli": lambda _: 1.0,
+    "bernoulli_": lambda _: 1.0,
+    "exponential_": lambda _: 1.0,
+    "geometric_": lambda _: 1.0,
+    "log_normal_": lambda _: 1.0,
+    "cauchy_": lambda _: 1.0,
+}
+
+
+@contextmanager
+def seeded(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
+    """The global RNGs of torch, numpy and Python start from `seed`, and are put back afterwards."""
+    cuda = [d for d in devices if d.type == "cuda"]
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    with torch.random.fork_rng(cuda, device_type="cuda"):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            random.setstate(python_state)

@@ -1,0 +1,295 @@
+"""DP-SGD in a loop of your own: plain PyTorch, torchrun or Fabric."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from defend.errors import InputError
+from defend.privacy.accounting import History
+from defend.privacy.clipping import Clipping, FlatClipping
+from defend.privacy.preconditions import Setup, check
+from defend.privacy.schedules import Schedule
+from defend.privacy.selftest import SelfTest
+from defend.training.private import PrivateTraining
+from defend.training.processes import Processes
+from defend.training.settings import PrivacySettings
+
+LEDGERS = Path("privacy_ledgers")
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class PrivateLoop:
+    """A private training in a loop of your own; made by `make_private`.
+
+    Attributes:
+        loader: your data, in Poisson-sampled batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loader: DataLoader,
+        *,
+        loss: Loss,
+        epochs: int,
+        settings: PrivacySettings,
+        fabric: Any,
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        self._model, self._loss, self._fabric = model, loss, fabric
+        bare, ddp = _unwrap(model)
+        self._optimizer: Optimizer = optimizer
+        inner = getattr(optimizer, "optimizer", optimizer)  # Fabric wraps it
+        processes = (
+            Processes.current()
+            if fabric is None
+            else Processes(fabric.global_rank, fabric.world_size, fabric.broadcast)
+        )
+        check(Setup(module=bare, optimizers=(inner,), world_size=processes.world_size))
+        self._private = PrivateTraining(settings, LEDGERS)
+        if state is not None:
+            self._private.load_state_dict(state["privacy"])
+        self._device = next(bare.parameters()).device
+        try:
+            self._private.start(processes)
+            self.loader = self._private.replace_loader(loader)
+            self._taken = 0 if state is None else int(state["taken"])
+            self._private.try_out(bare, self._mean_loss, transfer=self._to_device, half=self._half)
+            self._private.open(
+                bare, inner, planned=epochs * len(self.loader), done=self._taken, ddp=ddp
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def step(self, batch: Any) -> Tensor:
+        """One private step on a batch of `loader`: forward, backward, clip, noise, update.
+
+        Returns:
+            The mean loss over the rows of the last chunk, detached. It is computed from the data
+            without noise: look at it, but do not publish it.
+
+        Raises:
+            BudgetError: if the step would exceed `target_epsilon`; nothing is released then.
+            PrivacyError: where going on would break the guarantee.
+        """
+        batch = self._to_device(batch)
+        loss: Tensor | None = None
+
+        def compute(chunk: Any) -> None:
+            nonlocal loss
+            loss = self._mean_loss(self._model, chunk)
+            if self._fabric is None:
+                loss.backward()
+            else:
+                self._fabric.backward(loss)
+
+        self._optimizer.zero_grad()
+        self._private.run(batch, compute)
+        self._private.release()
+        self._optimizer.step()
+        self._taken += 1
+        assert loss is not None
+        return loss.detach()
+
+    def attack_generator(self) -> torch.Generator:
+        """Secret numbers for an attack's random starts in the current step."""
+        return self._private.attack_generator(self._device)
+
+    @property
+    def epsilon(self) -> float:
+        """ε spent so far."""
+        return self._private.budget.epsilon
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """σ, before a schedule."""
+        return self._private.budget.noise_multiplier
+
+    @property
+    def sample_rate(self) -> float | None:
+        """q, the probability that a record joins a batch."""
+        return self._private.budget.sample_rate
+
+    @property
+    def steps(self) -> int:
+        """Steps charged so far."""
+        return self._private.budget.steps
+
+    @property
+    def history(self) -> History:
+        """All that was charged: (noise_multiplier, sample_rate, steps) in order."""
+        return self._private.budget.history
+
+    @property
+    def private(self) -> bool:
+        """Whether `epsilon` means anything: no step used a fixed seed or went without noise."""
+        return self._private.budget.private
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the planned steps are taken, or no further one fits into `target_epsilon`."""
+        return self._private.budget.exhausted
+
+    @property
+    def selftest(self) -> SelfTest | None:
+        """What the self-test found."""
+        return self._private.selftest
+
+    @property
+    def ledger_path(self) -> Path | None:
+        """The ledger's file; None without one."""
+        return self._private.ledger_path()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know; save it beside the weights. Holds no secret."""
+        return {"privacy": self._private.state_dict(), "taken": self._taken}
+
+    def close(self) -> None:
+        """Remove every hook and every private gradient. The model is then as it was."""
+        self._private.close()
+
+    def __enter__(self) -> "PrivateLoop":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def _half(self) -> bool:
+        return self._fabric is not None and "mixed" in str(
+            getattr(self._fabric._precision, "precision", "")
+        )
+
+    def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        if self._fabric is None:
+            loss = self._loss(model, batch)
+        else:
+            with self._fabric.autocast():
+                loss = self._loss(model, batch)
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            raise InputError(
+                f"Expected `loss` to return the mean over the rows as one number, got {loss!r}."
+            )
+        return loss
+
+    def _to_device(self, batch: Any) -> Any:
+        if self._fabric is not None:
+            return self._fabric.to_device(batch)
+        return _moved(batch, self._device)
+
+
+def make_private(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: DataLoader,
+    *,
+    loss: Loss,
+    epochs: int,
+    delta: float,
+    max_grad_norm: float,
+    target_epsilon: float | None = None,
+    noise_multiplier: float | None = None,
+    accountant: str = "prv",
+    chunk_size: int | str | None = "auto",
+    clipping: Clipping = FlatClipping(),
+    noise_schedule: Schedule | None = None,
+    clip_schedule: Schedule | None = None,
+    ledger: str | Path | bool | None = None,
+    selftest: bool = True,
+    secure_noise: bool = False,
+    insecure_seed: int | None = None,
+    fabric: Any = None,
+    state: Mapping[str, Any] | None = None,
+) -> PrivateLoop:
+    """DP-SGD in a loop of your own, with the guarantee of `DifferentialPrivacy`.
+
+        with make_private(model, optimizer, loader, loss=loss, epochs=5, target_epsilon=3.0,
+                          delta=1e-5, max_grad_norm=1.0) as private:
+            for epoch in range(5):
+                for batch in private.loader:
+                    private.step(batch)
+
+    The model, its optimizer and its schedulers stay your own. Under torchrun wrap the model in
+    DistributedDataParallel first, and give each process the loader of one process: all share one
+    Poisson mask over the whole data set, and `batch_size` times the number of processes is the
+    expected batch. Under Fabric pass what `fabric.setup` gave, the loader as it was, and `fabric`.
+
+    Args:
+        model: in the modes it trains in, on its device; may be wrapped by Fabric or DDP.
+        optimizer: holds exactly the model's trainable parameters.
+        loader: a DataLoader over a map-style data set; its `batch_size` is the expected one.
+        loss: (model, batch) → the mean loss over the rows of the batch.
+        epochs: over the whole training, those before a resume included.
+        fabric: the Fabric that set the model up, or None.
+        state: `state_dict()` of the run to go on from, or None.
+        delta, max_grad_norm, target_epsilon, noise_multiplier, accountant, chunk_size, clipping,
+        noise_schedule, clip_schedule, ledger, selftest, secure_noise, insecure_seed: as in
+            `DifferentialPrivacy`; the default place of the ledger is `privacy_ledgers/`.
+
+    Raises:
+        InputError: for settings out of range.
+        PrivacyError: for a set-up, a loss or a forward that would not be private.
+    """
+    settings = PrivacySettings(
+        delta=delta,
+        max_grad_norm=max_grad_norm,
+        target_epsilon=target_epsilon,
+        noise_multiplier=noise_multiplier,
+        accountant=accountant,
+        chunk_size=chunk_size,
+        clipping=clipping,
+        noise_schedule=noise_schedule,
+        clip_schedule=clip_schedule,
+        ledger=ledger,
+        selftest=selftest,
+        secure_noise=secure_noise,
+        insecure_seed=insecure_seed,
+    )
+    if epochs < 1:
+        raise InputError(f"Expected `epochs` to be ≥ 1, got {epochs}.")
+    return PrivateLoop(
+        model,
+        optimizer,
+        loader,
+        loss=loss,
+        epochs=epochs,
+        settings=settings,
+        fabric=fabric,
+        state=state,
+    )
+
+
+def _unwrap(model: nn.Module) -> tuple[nn.Module, Any]:
+    """The model itself, and the DistributedDataParallel around it, if there is one."""
+    ddp = None
+    inner = getattr(model, "_forward_module", model)  # Fabric's wrapper
+    if isinstance(inner, DistributedDataParallel):
+        ddp, inner = inner, inner.module
+    return inner, ddp
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_moved(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_moved(value, device) for value in batch)
+    return batch

@@ -1,0 +1,53 @@
+"""The processes of a distributed run, as far as DP-SGD has to know them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+
+def _alone(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process stands among all.
+
+    Attributes:
+        rank: this process, from 0.
+        world_size: how many there are.
+        broadcast: gives every process what rank 0 passes; called by all at once.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    broadcast: Callable[[Any], Any] = _alone
+
+    @classmethod
+    def current(cls) -> "Processes":
+        """Those of `torch.distributed`, if it was initialized (by torchrun, say)."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size(), _broadcast)
+
+    def from_first(self, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives on rank 0, on every rank; an error there is raised on all."""
+        value: Any = None
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                value = compute()
+            except Exception as caught:
+                error = caught
+        value, error = self.broadcast((value, error))
+        if error is not None:
+            raise error
+        return value
+
+
+def _broadcast(value: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
