@@ -11,6 +11,7 @@ Add callbacks to a Trainer and change no line of the module:
     )
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from defend.attacks import PGD
@@ -20,34 +21,50 @@ from defend.threat import L2, InputSpace, Linf
 
 if TYPE_CHECKING:
     from defend.callbacks import AdversarialTraining, DifferentialPrivacy, RobustnessEvaluation
+    from defend.privacy import AdaptiveClipping, Decay, FlatClipping, PerLayerClipping, selftest
+    from defend.training import make_private
 
 __all__ = [
     "L2",
     "PGD",
+    "AdaptiveClipping",
     "AdversarialTraining",
     "BudgetError",
+    "Decay",
     "DefendError",
     "DifferentialPrivacy",
+    "FlatClipping",
     "InputError",
     "InputSpace",
     "Linf",
+    "PerLayerClipping",
     "PrivacyError",
     "RobustnessEvaluation",
     "RobustnessReport",
     "evaluate",
+    "make_private",
+    "selftest",
 ]
 
 __version__ = "0.1.0"
 
-_CALLBACKS = ("AdversarialTraining", "DifferentialPrivacy", "RobustnessEvaluation")
+# Brought in on first use: Lightning is slow to import and pulls in what is installed.
+_LATER = {
+    "AdversarialTraining": "defend.callbacks",
+    "DifferentialPrivacy": "defend.callbacks",
+    "RobustnessEvaluation": "defend.callbacks",
+    "AdaptiveClipping": "defend.privacy",
+    "Decay": "defend.privacy",
+    "FlatClipping": "defend.privacy",
+    "PerLayerClipping": "defend.privacy",
+    "selftest": "defend.privacy",
+    "make_private": "defend.training",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The callbacks, on first use: Lightning is slow to import and pulls in what is installed."""
-    if name in _CALLBACKS:
-        from defend import callbacks
-
-        return getattr(callbacks, name)
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

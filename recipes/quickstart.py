@@ -122,6 +122,7 @@ def train(
         check_val_every_n_epoch=min(10, options.epochs),
         callbacks=[*callbacks, evaluation],
         logger=MLFlowLogger("defend-quickstart", run_name=name, tracking_uri=options.tracking_uri),
+        default_root_dir="outputs",  # the ledgers of the private runs go there
         enable_checkpointing=False,
         enable_model_summary=False,
         log_every_n_steps=20,

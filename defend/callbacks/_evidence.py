@@ -31,5 +31,9 @@ def log_card(trainer: pl.Trainer, settings: dict[str, Any], results: dict[str, A
         run.log_card(render_card(settings, results))
         if results:
             run.log_report(results)
+        unnoised = results.get("unnoised_metrics")
+        if unnoised is not None:
+            names = unnoised if isinstance(unnoised, str) else ", ".join(unnoised)
+            run.set_tag("defend.unnoised_metrics", names or "none")
         for ball, curve in results.get("curves", {}).items():
             run.log_curve(ball, curve)

@@ -1,18 +1,18 @@
 """DP-SGD for an unmodified LightningModule: a thin shell over `defend.training`."""
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
 
 from defend.callbacks._base import DefendCallback
 from defend.callbacks._seams import Seams
+from defend.callbacks._trainer import TrainerStep, loss_of, trainer_facts, without_graph
 from defend.errors import InputError, PrivacyError
 from defend.privacy.accounting import History
+from defend.privacy.budget import Budget
 from defend.privacy.clipping import Clipping, FlatClipping
 from defend.privacy.preconditions import Setup, check
 from defend.privacy.schedules import Schedule
@@ -136,13 +136,14 @@ class DifferentialPrivacy(DefendCallback):
         self._trainer: pl.Trainer | None = None
         self._resumed_at: int | None = None
         self._adopts_state = True
+        self._begun = False  # whether a batch was begun that has not run
 
     # --- what a user reads --------------------------------------------------------------------
 
     @property
     def epsilon(self) -> float:
         """ε spent so far at `delta`; 0 before the first step."""
-        return self._account.epsilon
+        return self._budget.epsilon
 
     @property
     def delta(self) -> float:
@@ -152,7 +153,7 @@ class DifferentialPrivacy(DefendCallback):
     @property
     def noise_multiplier(self) -> float | None:
         """σ, before a schedule; None until it is found at the start of `fit`."""
-        return self._account.noise_multiplier
+        return self._budget.noise_multiplier
 
     @property
     def max_grad_norm(self) -> float:
@@ -163,28 +164,28 @@ class DifferentialPrivacy(DefendCallback):
     @property
     def sample_rate(self) -> float | None:
         """q, the probability that a record joins a batch; None until the data is known."""
-        return self._account.sample_rate
+        return self._budget.sample_rate
 
     @property
     def steps(self) -> int:
         """Steps charged so far, those before a resume included."""
-        return self._account.steps
+        return self._budget.steps
 
     @property
     def history(self) -> History:
         """All that was charged: (noise_multiplier, sample_rate, steps) in order."""
-        return self._account.history
+        return self._budget.history
 
     @property
     def private(self) -> bool:
         """Whether `epsilon` means anything: no step used a fixed seed or went without noise."""
-        return self._account.private
+        return self._budget.private
 
     @property
     def ledger_path(self) -> Path | None:
         """The ledger's file; None without one, and before the first fit."""
         self.collect()
-        return self._private.ledger_path()
+        return self._private.account.path
 
     @property
     def selftest(self) -> SelfTest | None:
@@ -192,7 +193,7 @@ class DifferentialPrivacy(DefendCallback):
         return self._private.selftest
 
     @property
-    def _account(self) -> Any:
+    def _budget(self) -> Budget:
         self.collect()
         return self._private.budget
 
@@ -213,10 +214,10 @@ class DifferentialPrivacy(DefendCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._private.default_ledger = Path(trainer.default_root_dir, LEDGERS)
+        self._private.account.default_folder = Path(trainer.default_root_dir, LEDGERS)
         if stage != "fit":
             return
-        check(_trainer_facts(trainer, pl_module))
+        check(trainer_facts(trainer, pl_module))
         self.collect(in_copy=True)
         self.clean_up(trainer, pl_module)  # after a failed fit there may be something
         self._forget_last_fit()
@@ -280,7 +281,14 @@ class DifferentialPrivacy(DefendCallback):
                 f"steps of which {self.steps} were. Start with a new Trainer, from weights that "
                 "may be public."
             )
-        self._try_out(trainer, pl_module)
+        step = TrainerStep(trainer, pl_module)
+        private.try_out(
+            pl_module,
+            step.loss,
+            transfer=step.transfer,
+            attack=step.attack_of(Seams.of(trainer)),
+            half=step.half,
+        )
         private.open(
             pl_module,
             trainer.optimizers[0],
@@ -289,33 +297,6 @@ class DifferentialPrivacy(DefendCallback):
             ddp=trainer.strategy.model,
         )
         self._stop_if_spent(trainer)
-
-    def _try_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        seams = Seams.of(trainer)
-        takes_index = "batch_idx" in inspect.signature(pl_module.training_step).parameters
-
-        def transfer(batch: Any) -> Any:
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = pl_module._on_before_batch_transfer(batch)
-            return trainer.strategy.batch_to_device(batch)
-
-        def loss(module: nn.Module, batch: Any) -> torch.Tensor:
-            assert isinstance(module, pl.LightningModule)
-            module.trainer = trainer
-            module.log = _log_nothing  # type: ignore[method-assign]
-            with trainer.precision_plugin.train_step_context():
-                return _loss_of(module.training_step(*((batch, 0) if takes_index else (batch,))))
-
-        adversary = seams.adversary
-        self._private.try_out(
-            pl_module,
-            loss,
-            transfer=transfer,
-            attack=None
-            if adversary is None
-            else lambda module, batch: adversary.transform(batch, module),
-            half=trainer.precision == "bf16-mixed",
-        )
 
     @property
     def step_chunk_size(self) -> int | None:
@@ -334,14 +315,33 @@ class DifferentialPrivacy(DefendCallback):
         assert trainer is not None
         output: Any = None
 
-        def compute(chunk: Any) -> None:
+        def compute(chunk: Any, rows: int) -> None:
             nonlocal output
             output = step(chunk)
-            backward(_loss_of(output), trainer.optimizers[0])
-            output = _without_graph(output)
+            backward(loss_of(output) * rows, trainer.optimizers[0])
+            output = without_graph(output)
 
+        self._begun = False
         self._private.run(batch, compute)
         return output
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._refuse_a_skipped_batch()
+        self._begun = True
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._refuse_a_skipped_batch()
+
+    def _refuse_a_skipped_batch(self) -> None:
+        """The module's `on_train_batch_start` may return -1, after a look at the batch."""
+        if self._begun:
+            raise PrivacyError(
+                "Expected every sampled batch to be trained on, got one that was skipped "
+                "(`on_train_batch_start` returned -1?). To skip a batch because of a record would "
+                "reveal that record. Train on every batch; set limit_train_batches for fewer."
+            )
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._private.fold()  # before other callbacks look
@@ -409,40 +409,3 @@ class DifferentialPrivacy(DefendCallback):
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._private.close()
         self._trainer = None
-
-
-def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stands in for `self.log` while the step is only tried out."""
-
-
-def _without_graph(output: Any) -> Any:
-    if isinstance(output, Mapping):
-        return {**output, "loss": output["loss"].detach()}
-    return output.detach()
-
-
-def _loss_of(output: Any) -> torch.Tensor:
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if not isinstance(loss, torch.Tensor):
-        raise PrivacyError(
-            f"Expected `training_step` to return a loss for every batch, got {loss!r}. Skipping "
-            "a batch because of one record would reveal that record."
-        )
-    return loss
-
-
-def _trainer_facts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Setup:
-    return Setup(
-        accumulate_grad_batches=trainer.accumulate_grad_batches,
-        gradient_clip_val=trainer.gradient_clip_val,
-        precision=trainer.precision,
-        strategy=type(trainer.strategy).__name__,
-        automatic_optimization=pl_module.automatic_optimization,
-        overrides_backward=type(pl_module).backward is not pl.LightningModule.backward,
-        compiled=getattr(pl_module, "_compiler_ctx", None) is not None,
-        takes_dataloader_iter="dataloader_iter"
-        in inspect.signature(pl_module.training_step).parameters,
-        reloads_data=trainer.reload_dataloaders_every_n_epochs > 0,  # type: ignore[attr-defined]
-        overfits_batches=trainer.overfit_batches > 0,  # type: ignore[attr-defined]
-        callbacks=tuple(type(c) for c in trainer.callbacks),  # type: ignore[attr-defined]
-    )

@@ -1,24 +1,45 @@
 """DP-SGD (Abadi et al. 2016, arXiv 1607.00133) on an unmodified module, in any training loop.
 
-*Formal guarantee.* After T steps the released weights are (ε, δ)-differentially private with
+**Formal guarantees.** After T steps the released weights are (ε, δ)-differentially private with
 respect to the training data set:
 
-- **Adjacency**: add or remove one record (one index of the data set).
+- **Unit and adjacency**: add or remove one record, that is one index of the data set. Replacing a
+  record is a removal and an addition. Several records of one person are covered as a group only.
 - **Mechanism**: each step clips the gradient of each sampled record to L2 norm C, sums, adds
   N(0, (σC)²) noise once to each coordinate, and divides by the expected (not the actual) number
-  of records. One record changes the sum by at most C.
-- **Sampling**: every record joins every batch independently with probability q (Poisson).
+  of records. One record changes the sum by at most C. Clipping may be flat, per layer (parts of
+  C / √K each, McMahan et al. 2018, arXiv 1710.06963), or to a norm that follows a quantile (Andrew
+  et al. 2021, arXiv 1905.03871), whose count is released with noise of its own and paid for out of
+  the same σ.
+- **Sampling**: every record joins every batch independently with probability q (Poisson). An empty
+  batch takes its noised step. With several processes there is one mask for all.
 - **Randomness**: masks, noise, random starts of attacks, and the global RNGs that dropout and
-  augmentation draw from are secret and independent for each record; so a record's numbers may be
-  thought of as its own, and leaving it out changes no other record's.
-- **Accounting**: the Poisson-subsampled Gaussian mechanism composed over all steps of all fits that
-  led to the weights, by PRV (Gopi et al. 2021, arXiv 2106.02848) or RDP (Mironov et al. 2019,
-  arXiv 1908.10530).
+  augmentation draw from are secret, drawn anew at each fit, and independent for each record; so a
+  record's numbers may be thought of as its own, and leaving it out changes no other record's.
+- **Accounting**: the Poisson-subsampled Gaussian mechanism composed over all steps that the
+  ledger and the checkpoint know, at the σ and q that each step had, by PRV (Gopi et al. 2021,
+  arXiv 2106.02848) or RDP (Mironov et al. 2019, arXiv 1908.10530). A step is written to the ledger
+  and flushed before it is taken: a crash may count one too many, never one too few, and a rollback
+  to an older checkpoint refunds nothing.
+- **Post-processing**: learning rates, momentum, weight decay, averages of weights (EMA) and
+  everything else that is computed from released gradients costs nothing (Dwork & Roth 2014,
+  Proposition 2.1).
 
-Covered: the weights after every step, and whatever is computed from them without the training
-data. Not covered: un-noised quantities that a training step logs (losses, accuracies); choices
-made by looking at the data before training (hyper-parameters, architecture); validation data;
-floating-point attacks on the noise; branches of training that are known to other processes only.
+**What it rests on**, and how it is held: the step treats each record alone and takes the plain mean
+(`selftest` tries it on a copy before step 0); every gradient that reaches the weights went through
+clip and noise (`step` refuses any other optimizer step); the set-up has none of the known breaks
+(`preconditions`, one table).
+
+**Covered**: the weights after every step, and whatever is computed from them without the training
+data; σ, q, C and ε themselves; an adaptive C.
+
+**Not covered**: un-noised quantities that a training step logs (losses, accuracies; named in the
+run and the card, or withheld with release="withhold"); what the self-test reports, and the data
+digest in the ledger, which come from the data without noise: keep them with it. Choices made
+by looking at the data before training (hyper-parameters, architecture). Validation data. Branches
+of training that are known neither to the ledger nor to the checkpoint. Floating-point attacks on
+the noise (Mironov 2012), unless `secure_noise=True` makes them costly (Holohan & Braghin 2021,
+arXiv 2107.10138). Time and memory that a step takes.
 """
 
 from defend.privacy.accounting import (
@@ -26,22 +47,40 @@ from defend.privacy.accounting import (
     affordable_steps,
     epsilon,
     noise_multiplier_for,
+    scheduled,
 )
 from defend.privacy.budget import Budget
+from defend.privacy.clipping import AdaptiveClipping, FlatClipping, PerLayerClipping
+from defend.privacy.curve import EpsilonCurve
+from defend.privacy.fingerprint import data_digest
+from defend.privacy.ledger import Ledger, read_ledger
 from defend.privacy.mechanism import add_noise_, clip_and_sum
 from defend.privacy.randomness import Randomness
 from defend.privacy.sampling import PoissonBatchSampler
+from defend.privacy.schedules import Decay
+from defend.privacy.selftest import SelfTest, selftest
 from defend.privacy.step import PrivateStep
 
 __all__ = [
+    "AdaptiveClipping",
     "Budget",
+    "Decay",
+    "EpsilonCurve",
+    "FlatClipping",
+    "Ledger",
+    "PerLayerClipping",
     "PoissonBatchSampler",
     "PrivateStep",
     "Randomness",
     "Segment",
+    "SelfTest",
     "add_noise_",
     "affordable_steps",
     "clip_and_sum",
+    "data_digest",
     "epsilon",
     "noise_multiplier_for",
+    "read_ledger",
+    "scheduled",
+    "selftest",
 ]

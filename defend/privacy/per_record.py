@@ -6,7 +6,7 @@ and no gradient of a record is ever stored on it.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +19,25 @@ from defend.privacy.layers import gradients_of, has_formula
 class PerRecordGradients:
     """Hooks that collect gᵢ, the gradient of record i's loss, for every trainable parameter.
 
-    Assumes a loss that is the mean over the rows of a batch, as Lightning users write it: gᵢ is
-    multiplied by the number of rows.
-
     *Guarantee.* Row i of a gradient comes from row i of what each layer was given and got back. A
     model that reorders or mixes rows between layers breaks this without a trace in shapes or sums;
     only a comparison with each record alone finds it (`defend.privacy.selftest`).
 
     Args:
         module: the module to watch; hooks are installed at once.
+        loss_reduction: whether backward starts from the "mean" over the rows or from their "sum".
+            Prefer "sum" in half precision: the division by the rows rounds every gradient anew
+            when one record is left out, and all of them then move a little.
 
     Raises:
         PrivacyError: for layers whose per-record gradients cannot be had.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(
+        self, module: nn.Module, *, loss_reduction: Literal["mean", "sum"] = "mean"
+    ) -> None:
         self.module = module
+        self.loss_reduction = loss_reduction
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._names: dict[Tensor, str] = {p: n for n, p in self.parameters.items()}
         self._checked: set[tuple[str, int | None]] = set()
@@ -118,11 +121,12 @@ class PerRecordGradients:
 
     def _receive(self, call: Call) -> None:
         """Add the gradients of one call to those of the batch."""
+        mean = self.loss_reduction == "mean"
         found = gradients_of(
             call.module,
             call.args,
             call.kwargs,
-            call.gradient * call.rows,  # the loss is a mean
+            call.gradient * call.rows if mean else call.gradient,
             place=call.place,
             autocast=call.autocast,
         )
@@ -158,7 +162,8 @@ class PerRecordGradients:
         if parameter in self._repeated:
             raise PrivacyError(
                 f"Expected one backward a batch, got 2 or more for `{name}`: each would count "
-                "every record again. Add the losses up and run one backward."
+                "every record again. Add the losses up and run one backward; let an attack run in "
+                "AdversarialTraining or under `defend.attacks.no_trace`."
             )
         found = self._other_rows.get(parameter, len(gradient))
         if found != rows:
@@ -171,7 +176,7 @@ class PerRecordGradients:
         return gradient
 
     def _compare_with_autograd(self, gradients: Sequence[Tensor | None], rows: int) -> None:
-        """The mean of the per-record gradients must be the gradient that autograd found.
+        """The per-record gradients must add up to the gradient that autograd found.
 
         Checked once a parameter; once a batch size for layers without a formula, because what
         they share between rows is told from the rows by its size. The slack is for rounding: half
@@ -190,14 +195,17 @@ class PerRecordGradients:
             self._checked.add(self._key(name, self.parameters[name], rows))
             exact = gradient.dtype in (torch.float32, torch.float64)
             own, whole = (1e-2, 1e-4) if exact else (1e-1, 2e-2)
-            difference = (gradient.float().mean(0) - total).norm()
+            found_total = gradient.float().sum(0)
+            if self.loss_reduction == "mean":
+                found_total /= rows
+            difference = (found_total - total).norm()
             if difference > own * total.norm() + whole * model:
                 raise PrivacyError(
                     f"Expected per-record gradients of `{name}` that add up to its gradient, got a "
                     f"difference of {difference / total.norm():.0%}: the weight is also used "
-                    "outside its own module's forward (F.linear(h, layer.weight), say), or the "
-                    "loss has a penalty on it. Call the module instead; for a penalty use the "
-                    "optimizer's weight_decay."
+                    "outside its own module's forward (F.linear(h, layer.weight), say), the layer "
+                    "mixes rows, or the loss has a penalty on it. Call the module instead, treat "
+                    "each row alone; for a penalty use the optimizer's weight_decay."
                 )
 
     def _key(self, name: str, parameter: nn.Parameter, rows: int) -> tuple[str, int | None]:

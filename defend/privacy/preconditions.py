@@ -34,6 +34,7 @@ class Setup:
 
     module: nn.Module | None = None
     optimizers: tuple[Any, ...] | None = None
+    resumed: bool = True
     loader: Any = None
     loaders: int | None = None
     accumulate_grad_batches: int = 1
@@ -177,6 +178,12 @@ def _foreign(setup: Setup) -> str | None:
     held = [p for o in setup.optimizers for g in o.param_groups for p in g["params"]]
     count = sum(p.requires_grad and id(p) not in own for p in held)
     return f"{count} that are not the module's" if count else None
+
+
+def _used_optimizer(setup: Setup) -> str | None:
+    if setup.resumed:
+        return None
+    return _some(f"a {type(o).__name__} that has" for o in setup.optimizers or () if o.state)
 
 
 def _parameter_hooks(setup: Setup) -> str | None:
@@ -329,6 +336,13 @@ REFUSALS = (
         "only the module's own parameters in the optimizer",
         _foreign,
         "They would be trained without clipping and noise. Make them part of the module.",
+    ),
+    Refusal(
+        "used_optimizer",
+        "an optimizer that has not stepped yet, at the start of an account",
+        _used_optimizer,
+        "Its steps may have used the data without noise, and its state may hold raw gradients. "
+        "Make a new one; to go on with a private run, pass that run's state.",
     ),
     Refusal(
         "several_closures",

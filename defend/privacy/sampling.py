@@ -29,8 +29,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     For each step every rank draws the same mask over the whole data set (so a record joins with
     probability q exactly once, however many ranks there are) and takes every `world_size`-th hit.
-    A rank with fewer rows than chunks is padded with record 0, which `Drawn.records` leaves out of
-    the sum: an empty batch still takes its noised step, as the accounting assumes.
+    A rank with fewer rows than it needs is padded with record 0, which `Drawn.records` leaves out
+    of the sum: an empty batch still takes its noised step, as the accounting assumes.
 
     Args:
         size: records in the data set.
@@ -38,13 +38,17 @@ class PoissonBatchSampler(Sampler[list[int]]):
         steps: batches in an epoch.
         randomness: source of the masks; each step has a generator of its own.
         first_step: called when an epoch starts; the number of its first step.
-        chunk_size: most rows of a rank in one chunk; None means one chunk.
+        chunk_size: most rows of a rank in one chunk; None means one chunk. May be set anew before
+            an epoch starts.
+        fixed: fill every chunk up to `chunk_size` rows with padding, where a new shape costs more
+            than the rows (cuDNN's autotuner tries all its algorithms for each shape).
         rank: this process.
         world_size: all processes.
 
     Attributes:
         drawn: a queue of what was yielded and not yet consumed, in order. The training step takes
             one entry a batch; loader workers and prefetching cannot mix the order up.
+        epochs: how many were started.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         *,
         first_step: Callable[[], int] = lambda: 0,
         chunk_size: int | None = None,
+        fixed: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -65,22 +70,26 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.randomness = randomness
         self.first_step = first_step
         self.chunk_size = chunk_size
+        self.fixed = fixed
         self.rank = rank
         self.world_size = world_size
         self.drawn: deque[Drawn] = deque()
+        self.epochs = 0
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
         self.drawn.clear()
+        self.epochs += 1
         first = self.first_step()
         for step in range(first, first + self.steps):
             hits = self.sample(step)
             largest = len(hits[:: self.world_size])  # rank 0 has the most
             chunks = max(1, math.ceil(largest / self.chunk_size)) if self.chunk_size else 1
             mine = hits[self.rank :: self.world_size]
-            padding = max(chunks - len(mine), 0)
+            least = chunks * self.chunk_size if self.fixed and self.chunk_size else chunks
+            padding = max(least - len(mine), 0)
             self.drawn.append(Drawn(len(mine), len(mine) + padding, chunks))
             yield mine + [0] * padding
 

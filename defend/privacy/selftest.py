@@ -13,19 +13,26 @@ So the step is tried, on a copy of the module and a few records:
    step moves no weights, and no buffer takes up what the records hold.
 """
 
-import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from defend.errors import InputError, PrivacyError
 from defend.privacy.mechanism import clip_and_sum
 from defend.privacy.per_record import PerRecordGradients
+from defend.privacy.probe import (
+    changed,
+    copy_for_probe,
+    restore,
+    rows_differ,
+    same,
+    state_of,
+    trace,
+)
 from defend.privacy.still import StillRandomness, seeded
 
 RECORDS = 7  # six in the batch, one to take another's place
@@ -78,6 +85,7 @@ def selftest(
     attack: Attack | None = None,
     max_grad_norm: float = 1.0,
     half: bool = False,
+    quick: bool = False,
 ) -> SelfTest:
     """Try the step on a copy of `module` and report whatever breaks the guarantee.
 
@@ -90,6 +98,7 @@ def selftest(
             call.
         max_grad_norm: C.
         half: whether the step computes in half precision (autocast), which rounds more.
+        quick: only the first of the four, on one record alone: for another look later on.
 
     Returns:
         The findings; `require()` raises if there are any.
@@ -105,32 +114,8 @@ def selftest(
         copy_for_probe(module), list(records), loss, collate, attack, max_grad_norm, half
     )
     with seeded(0, probe.devices):
-        findings, largest = probe.run()
+        findings, largest = probe.run(quick)
     return SelfTest(tuple(findings), largest, time.perf_counter() - start)
-
-
-def copy_for_probe(module: nn.Module) -> nn.Module:
-    """A deep copy that shares data sets and loaders, which may be large, with the original."""
-    shared = {
-        id(value): value
-        for m in module.modules()
-        for value in vars(m).values()
-        if isinstance(value, Dataset | DataLoader)
-    }
-    try:
-        return copy.deepcopy(module, shared)
-    except Exception as error:
-        raise PrivacyError(
-            "Expected a module that can be copied for the self-test, got "
-            f"{type(error).__name__}: {error}. Keep open files, locks and the like out of the "
-            "module, or pass selftest=False and answer for the step yourself."
-        ) from error
-
-
-def spread(size: int, count: int = RECORDS) -> list[int]:
-    """`count` positions spread evenly over a data set, so that sorted labels differ."""
-    count = min(count, size)
-    return [i * (size - 1) // max(count - 1, 1) for i in range(count)]
 
 
 class _Probe:
@@ -149,20 +134,20 @@ class _Probe:
         self.max_grad_norm, self.half = max_grad_norm, half
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.devices = sorted({p.device for p in module.parameters()}, key=str)
-        self.before = _state(module)
+        self.before = state_of(module)
 
-    def run(self) -> tuple[list[str], float]:
-        per_record = PerRecordGradients(self.module)
+    def run(self, quick: bool) -> tuple[list[str], float]:
+        per_record = PerRecordGradients(self.module, loss_reduction="sum")
         findings: list[str] = []
         largest = 0.0
         try:
             with StillRandomness():
                 together = self._gradients(per_record, self.records)
-                findings += self._alone(per_record, together)
-                if not findings:
+                findings += self._alone(per_record, together, 1 if quick else _ALONE)
+                if not (findings or quick):
                     largest = self._leave_one_out(per_record, together)
                     findings += self._judge_move(largest)
-            if not findings:
+            if not (findings or quick):
                 findings += self._replace_one(per_record)
         except PrivacyError as error:  # what reading the gradients found by itself
             findings.append(str(error))
@@ -187,10 +172,10 @@ class _Probe:
         """
         if self.attack is None:
             return batch
-        _restore(self.module, self.before)
-        before = _trace(self.module, self.devices, per_record)
+        restore(self.module, self.before)
+        before = trace(self.module, self.devices, per_record)
         batch = self.attack(self.module, batch)
-        left = _changed(before, _trace(self.module, self.devices, per_record))
+        left = changed(before, trace(self.module, self.devices, per_record))
         if left is not None:
             raise PrivacyError(
                 f"Expected an attack that leaves no trace on the module, got a changed {left}. "
@@ -199,10 +184,10 @@ class _Probe:
         return batch
 
     def _step(self, per_record: PerRecordGradients, batch: Any, rows: int) -> list[Tensor]:
-        _restore(self.module, self.before)
+        restore(self.module, self.before)
         per_record.expect(rows)
         with torch.enable_grad():
-            self.loss(self.module, batch).backward()
+            (self.loss(self.module, batch) * rows).backward()
         try:
             return [g.detach().clone() for g in per_record.read(rows)]
         finally:
@@ -210,8 +195,10 @@ class _Probe:
 
     # --- 1: alone or together ---------------------------------------------------------------------
 
-    def _alone(self, per_record: PerRecordGradients, together: list[Tensor]) -> list[str]:
-        for i in range(min(_ALONE, len(self.records))):
+    def _alone(
+        self, per_record: PerRecordGradients, together: list[Tensor], count: int
+    ) -> list[str]:
+        for i in range(min(count, len(self.records))):
             try:
                 alone = self._autograd(per_record, self.records[i])
             except Exception as error:
@@ -233,7 +220,7 @@ class _Probe:
 
     def _autograd(self, per_record: PerRecordGradients, record: Any) -> list[Tensor]:
         """The gradient of one record in a batch of its own, without hooks."""
-        _restore(self.module, self.before)
+        restore(self.module, self.before)
         with per_record.paused(), torch.enable_grad():
             # Not `autograd.grad`: reentrant checkpoints forbid it.
             self.loss(self.module, self.collate([record])).backward()
@@ -273,11 +260,11 @@ class _Probe:
                 batch = self._attacked(per_record, self.collate(list(records)))
             with seeded(2, self.devices):
                 gradients = self._step(per_record, batch, len(records))
-            after = _state(self.module)
+            after = state_of(self.module)
             outcomes.append((batch, gradients, after))
         (batch, gradients, after), (other_batch, other_gradients, other_after) = outcomes
         findings += self._judge_state(after, other_after)
-        if self.attack is not None and _rows_differ(batch, other_batch, len(self.records)):
+        if self.attack is not None and rows_differ(batch, other_batch, len(self.records)):
             findings.append(
                 "Expected the adversarial version of a record to depend on that record alone, got "
                 "one that moves with another record of the batch. Attack each record by its own "
@@ -307,13 +294,13 @@ class _Probe:
 
     def _judge_state(self, after: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
         parameters = dict(self.module.named_parameters())
-        moved = [n for n in parameters if not _same(self.before[n], after[n])]
+        moved = [n for n in parameters if not same(self.before[n], after[n])]
         if moved:
             return [
                 f"Expected the step to leave the weights alone, got `{moved[0]}` changed in "
                 "`training_step` or forward, without noise. Leave updates to the optimizer."
             ]
-        filled = [n for n in after if n not in parameters and not _same(after[n], other[n])]
+        filled = [n for n in after if n not in parameters and not same(after[n], other[n])]
         if filled:
             return [
                 f"Expected buffers that do not depend on the data, got `{filled[0]}`, which the "
@@ -321,68 +308,3 @@ class _Probe:
                 "compute it on public data before training."
             ]
         return []
-
-
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-@torch.no_grad()
-def _restore(module: nn.Module, state: dict[str, Tensor]) -> None:
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name in state:
-            tensor.data.copy_(state[name])
-        tensor.grad = None
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
-
-
-def _trace(
-    module: nn.Module, devices: Sequence[torch.device], per_record: PerRecordGradients
-) -> dict[str, list[Any]]:
-    """All that an attack might leave behind."""
-    return {
-        "per-record gradient": [per_record.holds_any],
-        "gradient": [p.grad for p in module.parameters()],
-        "requires_grad": [p.requires_grad for p in module.parameters()],
-        "training mode": [m.training for m in module.modules()],
-        "weight or buffer": list(_state(module).values()),
-        "random state": [torch.get_rng_state()]
-        + [torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"],
-    }
-
-
-def _changed(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> str | None:
-    def same(a: Any, b: Any) -> bool:
-        both = isinstance(a, Tensor) and isinstance(b, Tensor)
-        return _same(a, b) if both else a is b or (type(a) is type(b) is bool and a == b)
-
-    for name, values in before.items():
-        if len(values) != len(after[name]) or not all(map(same, values, after[name])):
-            return name
-    return None
-
-
-def _rows_differ(one: Any, other: Any, rows: int) -> bool:
-    """Whether any tensor of two batches differs in its rows after the first."""
-    return any(
-        a.shape == b.shape and len(a) == rows and not torch.allclose(a[1:], b[1:], atol=1e-5)
-        for a, b in zip(_tensors(one), _tensors(other), strict=False)
-        if a.ndim and b.ndim
-    )
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, dict):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from _tensors(value)
-    elif hasattr(batch, "__dict__"):
-        yield from _tensors(vars(batch))

@@ -1,13 +1,15 @@
 """One logical DP-SGD step, in chunks: the state machine between backward and optimizer.step."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from defend.errors import PrivacyError
 from defend.privacy.clipping import AdaptiveClipping, Clipping, FlatClipping
@@ -24,7 +26,7 @@ class PrivateStep:
         step.begin()
         for chunk in chunks:
             step.expect(rows, records)
-            loss(chunk).backward()
+            loss(chunk).backward()  # the mean over its rows, or their sum: `loss_reduction`
             step.fold()             # clip each record, add to the sum, forget the rest
         step.release()              # charge, add noise once, ÷ expected batch size → p.grad
         optimizer.step()
@@ -45,6 +47,7 @@ class PrivateStep:
         charge: called with σ and C once a step *before* its noise is added; returns the number of
             the step, which its noise is drawn for, or raises to prevent it.
         clipping: how records are clipped.
+        loss_reduction: whether the backward of a chunk starts from a "mean" or a "sum".
         rank: this process.
         world_size: all processes.
     """
@@ -60,6 +63,7 @@ class PrivateStep:
         randomness: Randomness,
         charge: Callable[[float, float], int],
         clipping: Clipping = FlatClipping(),
+        loss_reduction: Literal["mean", "sum"] = "mean",
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -75,12 +79,16 @@ class PrivateStep:
         self._count: Tensor | None = None
         self._expected: tuple[int, int] | None = None
         self._released = False
-        self._versions: list[int] = []
         self._module = module
         self._batch_norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
         self._optimizer = optimizer
-        self._per_record = PerRecordGradients(module)
-        self._guard = optimizer.register_step_pre_hook(self._refuse_unreleased)
+        self._per_record = PerRecordGradients(module, loss_reduction=loss_reduction)
+        self._weights = _fingerprint(self.parameters)
+        self._hooks: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._refuse_unreleased),
+            optimizer.register_step_post_hook(self._note_weights),
+            *(p.register_post_accumulate_grad_hook(self._refuse_late) for p in self.parameters),
+        ]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -102,12 +110,16 @@ class PrivateStep:
         self._per_record.clear()
         self._expected = None
         self._count = None
-        self._versions = [p._version for p in self.parameters]
+        self._refuse_moved_weights("between a step and the next batch")
 
     def expect(self, rows: int, records: int) -> None:
         """Announce the next chunk: `rows` rows, of which the first `records` count."""
         self._expected = (rows, records)
         self._per_record.expect(rows)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Inside, forward and backward on the module leave no per-record gradients."""
+        return self._per_record.paused()
 
     @property
     def pending(self) -> bool:
@@ -153,16 +165,15 @@ class PrivateStep:
             raise PrivacyError("Expected a folded batch before `release()`, got none.")
         sums, self._sums = self._sums, None
         self._refuse_strays()
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters):
+        # One hook on each parameter is our own.
+        if any(
+            p._backward_hooks or len(p._post_accumulate_grad_hooks) > 1 for p in self.parameters
+        ):
             raise PrivacyError(
                 "Expected no gradient hooks on parameters, got one that was added during the fit. "
                 "It sees gradients before clipping and noise. Remove it."
             )
-        if self._versions != [p._version for p in self.parameters]:
-            raise PrivacyError(
-                "Expected the weights to stand still between a batch and its step, got weights "
-                "that changed. Something updates them without noise, in backward or in a hook."
-            )
+        self._refuse_moved_weights("between a batch and its step")
         number = self._charge(self.noise_multiplier, self.max_grad_norm)
         if self._count is not None:
             sums.append(self._count.to(sums[0].dtype).reshape(()))
@@ -198,7 +209,8 @@ class PrivateStep:
 
     def close(self) -> None:
         """Remove every hook and every private gradient."""
-        self._guard.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._sums = self._count = None
         self._per_record.remove()
 
@@ -219,6 +231,30 @@ class PrivateStep:
         if len(args) > 1:
             return (args[0], checked, *args[2:]), kwargs
         return args, {**kwargs, "closure": checked}
+
+    def _note_weights(self, *_: Any) -> None:
+        """Optimizer post-hook: what a released gradient made of the weights."""
+        self._weights = _fingerprint(self.parameters)
+
+    def _refuse_moved_weights(self, when: str) -> None:
+        """Nothing but a released gradient, through the optimizer, may move the weights."""
+        if not torch.equal(self._weights, _fingerprint(self.parameters)):
+            raise PrivacyError(
+                f"Expected the weights to stand still {when}, got weights that changed. Something "
+                "updates them behind the optimizer: a second optimizer, a loaded state, an update "
+                "by hand. To project the weights after each step, do it in the optimizer's step."
+            )
+
+    def _refuse_late(self, parameter: Tensor) -> None:
+        """Hook on each accumulated gradient: none may be added to a released one."""
+        if self._released:
+            self._released = False  # whoever swallows the error gets no step either
+            self._per_record.clear()
+            raise PrivacyError(
+                "Expected no backward between the release of a gradient and its step, got one: it "
+                "would add a gradient without clip and noise. Run it before, or under "
+                "torch.autograd.grad."
+            )
 
     def _refuse_moving_statistics(self) -> None:
         """A frozen BatchNorm is safe as long as it stays in eval mode."""
@@ -256,6 +292,13 @@ class PrivateStep:
                 "without noise. Let the training loop take the steps: one batch, one step."
             )
         self._released = False
+
+
+def _fingerprint(parameters: Sequence[Tensor]) -> Tensor:
+    """The sum of the bits of each parameter: any single value that changes, changes it."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    with torch.no_grad():
+        return torch.stack([p.detach().view(kinds[p.element_size()]).sum() for p in parameters])
 
 
 def _all_reduce(sums: list[Tensor]) -> list[Tensor]:

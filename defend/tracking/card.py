@@ -38,16 +38,22 @@ def _privacy(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         ("target ε", settings.get("target_epsilon")),
         ("noise multiplier σ", settings.get("noise_multiplier")),
         ("clipping norm C", settings.get("max_grad_norm")),
+        ("clipping", settings.get("clipping")),
         ("sample rate q", settings.get("sample_rate")),
         ("steps", results.get("private_steps")),
         ("accountant", settings.get("accountant")),
         ("adjacency", settings.get("adjacency")),
         ("sampling", settings.get("sampling")),
+        ("secure noise", settings.get("secure_noise")),
+        ("self-test", settings.get("selftest")),
+        ("ledger", settings.get("ledger")),
     ]
+    unnoised = results.get("unnoised_metrics", ())
+    logged = unnoised if isinstance(unnoised, str) else ", ".join(unnoised) or "none"
     return (
         f"{title}\n\n{_table(('parameter', 'value'), rows)}\n\n"
         "Covers the weights and all that is computed from them alone. Does not cover un-noised "
-        "training losses and accuracies in the log, choices made by looking at the data, or "
+        f"training metrics in the log ({logged}), choices made by looking at the data, or "
         "validation data."
     )
 

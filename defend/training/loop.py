@@ -1,6 +1,8 @@
 """DP-SGD in a loop of your own: plain PyTorch, torchrun or Fabric."""
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
-from defend.errors import InputError
+from defend.errors import InputError, PrivacyError
 from defend.privacy.accounting import History
 from defend.privacy.clipping import Clipping, FlatClipping
 from defend.privacy.preconditions import Setup, check
@@ -31,6 +33,7 @@ class PrivateLoop:
 
     Attributes:
         loader: your data, in Poisson-sampled batches.
+        steps_per_epoch: batches in one pass over `loader`.
     """
 
     def __init__(
@@ -46,33 +49,43 @@ class PrivateLoop:
         state: Mapping[str, Any] | None,
     ) -> None:
         self._model, self._loss, self._fabric = model, loss, fabric
-        bare, ddp = _unwrap(model)
+        bare, ddp = _unwrap(model, fabric)
         self._optimizer: Optimizer = optimizer
         inner = getattr(optimizer, "optimizer", optimizer)  # Fabric wraps it
-        processes = (
-            Processes.current()
-            if fabric is None
-            else Processes(fabric.global_rank, fabric.world_size, fabric.broadcast)
-        )
-        check(Setup(module=bare, optimizers=(inner,), world_size=processes.world_size))
+        processes = _processes(fabric)
+        if processes.world_size > 1 and ddp is None:
+            raise InputError(
+                "Expected a model in DistributedDataParallel under several processes, got one "
+                "whose weights may differ between them. Wrap it, or let Fabric's 'ddp' do it."
+            )
+        facts = _facts(bare, inner, processes, fabric)
+        check(replace(facts, resumed=state is not None))
         self._private = PrivateTraining(settings, LEDGERS)
         if state is not None:
             self._private.load_state_dict(state["privacy"])
+        self._taken = 0 if state is None else int(state["taken"])
         self._device = next(bare.parameters()).device
+        self._open = True
         try:
             self._private.start(processes)
             self.loader = self._private.replace_loader(loader)
-            self._taken = 0 if state is None else int(state["taken"])
+            self.steps_per_epoch = self._share_epoch(loader, processes.world_size)
             self._private.try_out(bare, self._mean_loss, transfer=self._to_device, half=self._half)
-            self._private.open(
-                bare, inner, planned=epochs * len(self.loader), done=self._taken, ddp=ddp
-            )
+            self._planned = epochs * self.steps_per_epoch
+            self._private.open(bare, inner, planned=self._planned, done=self._taken, ddp=ddp)
         except BaseException:
             self.close()
             raise
 
     def step(self, batch: Any) -> Tensor:
         """One private step on a batch of `loader`: forward, backward, clip, noise, update.
+
+        After any error the loop is closed, so that no private gradient stays behind: a batch that
+        was drawn may not be dropped. Go on with `make_private(..., state=private.state_dict())`.
+
+        Args:
+            batch: from `loader`. It may have been changed since, as long as row i still comes from
+                record i alone: an attack on the whole batch, say.
 
         Returns:
             The mean loss over the rows of the last chunk, detached. It is computed from the data
@@ -82,27 +95,40 @@ class PrivateLoop:
             BudgetError: if the step would exceed `target_epsilon`; nothing is released then.
             PrivacyError: where going on would break the guarantee.
         """
-        batch = self._to_device(batch)
-        loss: Tensor | None = None
+        if not self._open:
+            raise PrivacyError(
+                "Expected an open loop, got a step after `close` or after an error. Go on with "
+                "make_private(..., state=private.state_dict())."
+            )
+        try:
+            return self._step(batch)
+        except BaseException:
+            self.close()
+            raise
 
-        def compute(chunk: Any) -> None:
-            nonlocal loss
+    def _step(self, batch: Any) -> Tensor:
+        losses: list[Tensor] = []
+
+        def compute(chunk: Any, rows: int) -> None:
             loss = self._mean_loss(self._model, chunk)
             if self._fabric is None:
-                loss.backward()
+                (loss * rows).backward()
             else:
-                self._fabric.backward(loss)
+                self._fabric.backward(loss * rows)
+            losses[:] = [loss.detach()]
 
         self._optimizer.zero_grad()
-        self._private.run(batch, compute)
+        self._private.run(self._to_device(batch), compute)
         self._private.release()
         self._optimizer.step()
         self._taken += 1
-        assert loss is not None
-        return loss.detach()
+        return losses[0]
 
     def attack_generator(self) -> torch.Generator:
-        """Secret numbers for an attack's random starts in the current step."""
+        """Secret numbers for an attack's random starts in the current step.
+
+        Attack the whole batch before `step`, once: each call starts from the same numbers.
+        """
         return self._private.attack_generator(self._device)
 
     @property
@@ -114,6 +140,11 @@ class PrivateLoop:
     def noise_multiplier(self) -> float | None:
         """σ, before a schedule."""
         return self._private.budget.noise_multiplier
+
+    @property
+    def max_grad_norm(self) -> float:
+        """C; where it is learned or scheduled, that of the last step."""
+        return self._private.max_grad_norm
 
     @property
     def sample_rate(self) -> float | None:
@@ -138,7 +169,7 @@ class PrivateLoop:
     @property
     def exhausted(self) -> bool:
         """Whether the planned steps are taken, or no further one fits into `target_epsilon`."""
-        return self._private.budget.exhausted
+        return self._taken >= self._planned or self._private.budget.exhausted
 
     @property
     def selftest(self) -> SelfTest | None:
@@ -148,14 +179,15 @@ class PrivateLoop:
     @property
     def ledger_path(self) -> Path | None:
         """The ledger's file; None without one."""
-        return self._private.ledger_path()
+        return self._private.account.path
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know; save it beside the weights. Holds no secret."""
         return {"privacy": self._private.state_dict(), "taken": self._taken}
 
     def close(self) -> None:
-        """Remove every hook and every private gradient. The model is then as it was."""
+        """Remove every hook and every private gradient; the model keeps its weights only."""
+        self._open = False
         self._private.close()
 
     def __enter__(self) -> "PrivateLoop":
@@ -169,11 +201,17 @@ class PrivateLoop:
     ) -> None:
         self.close()
 
+    def _share_epoch(self, loader: DataLoader, world_size: int) -> int:
+        """Steps in an epoch: each takes `batch_size` records on every process."""
+        sampler = self._private.sampler
+        assert sampler is not None
+        if world_size > 1 and not isinstance(loader.sampler, DistributedSampler):
+            sampler.steps = math.ceil(sampler.steps / world_size)
+        return sampler.steps
+
     @property
     def _half(self) -> bool:
-        return self._fabric is not None and "mixed" in str(
-            getattr(self._fabric._precision, "precision", "")
-        )
+        return self._fabric is not None and "mixed" in str(_precision(self._fabric))
 
     def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:
         if self._fabric is None:
@@ -183,7 +221,8 @@ class PrivateLoop:
                 loss = self._loss(model, batch)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             raise InputError(
-                f"Expected `loss` to return the mean over the rows as one number, got {loss!r}."
+                f"Expected `loss` to return the mean over the rows as one number, got {loss!r}. "
+                "Take the mean, and return the tensor."
             )
         return loss
 
@@ -224,18 +263,24 @@ def make_private(
                 for batch in private.loader:
                     private.step(batch)
 
-    The model, its optimizer and its schedulers stay your own. Under torchrun wrap the model in
-    DistributedDataParallel first, and give each process the loader of one process: all share one
-    Poisson mask over the whole data set, and `batch_size` times the number of processes is the
-    expected batch. Under Fabric pass what `fabric.setup` gave, the loader as it was, and `fabric`.
+    Where training may end within an epoch (σ and a target together, or a resume), stop as soon as
+    `private.exhausted`. The model, its optimizer and its schedulers stay your own. To train
+    adversarially, attack the whole batch before the step, with `private.attack_generator()` for
+    its random starts.
+
+    Under torchrun wrap the model in DistributedDataParallel first, and give each process the whole
+    data set: all share one Poisson mask over it, and `batch_size` times the number of processes is
+    the expected batch. Under Fabric pass what `fabric.setup` gave, the loader as it was, and
+    `fabric`.
 
     Args:
         model: in the modes it trains in, on its device; may be wrapped by Fabric or DDP.
         optimizer: holds exactly the model's trainable parameters.
-        loader: a DataLoader over a map-style data set; its `batch_size` is the expected one.
+        loader: a DataLoader over a map-style data set; its `batch_size` is the expected one of a
+            process.
         loss: (model, batch) → the mean loss over the rows of the batch.
         epochs: over the whole training, those before a resume included.
-        fabric: the Fabric that set the model up, or None.
+        fabric: the Fabric that set model and optimizer up, or None.
         state: `state_dict()` of the run to go on from, or None.
         delta, max_grad_norm, target_epsilon, noise_multiplier, accountant, chunk_size, clipping,
         noise_schedule, clip_schedule, ledger, selftest, secure_noise, insecure_seed: as in
@@ -261,7 +306,12 @@ def make_private(
         insecure_seed=insecure_seed,
     )
     if epochs < 1:
-        raise InputError(f"Expected `epochs` to be ≥ 1, got {epochs}.")
+        raise InputError(f"Expected `epochs` to be ≥ 1, got {epochs}. Give those of all training.")
+    if state is not None and set(state) != {"privacy", "taken"}:
+        raise InputError(
+            f"Expected a `state` that `state_dict` gave, got one of {sorted(state)}. Pass it as it "
+            "was saved."
+        )
     return PrivateLoop(
         model,
         optimizer,
@@ -274,18 +324,40 @@ def make_private(
     )
 
 
-def _unwrap(model: nn.Module) -> tuple[nn.Module, Any]:
+def _unwrap(model: nn.Module, fabric: Any) -> tuple[nn.Module, DistributedDataParallel | None]:
     """The model itself, and the DistributedDataParallel around it, if there is one."""
-    ddp = None
-    inner = getattr(model, "_forward_module", model)  # Fabric's wrapper
+    inner = getattr(model, "_forward_module", None)  # of Fabric's wrapper
+    if (inner is None) != (fabric is None):
+        raise InputError(
+            "Expected a model that `fabric.setup` gave and that `fabric`, or neither, got only "
+            f"{'the model' if fabric is None else '`fabric`'}. Pass both."
+        )
+    inner = model if inner is None else inner
     if isinstance(inner, DistributedDataParallel):
-        ddp, inner = inner, inner.module
-    return inner, ddp
+        return inner.module, inner
+    return inner, None
+
+
+def _processes(fabric: Any) -> Processes:
+    if fabric is None:
+        return Processes.current()
+    return Processes(fabric.global_rank, fabric.world_size, fabric.broadcast)
+
+
+def _facts(module: nn.Module, optimizer: Optimizer, processes: Processes, fabric: Any) -> Setup:
+    known = Setup(module=module, optimizers=(optimizer,), world_size=processes.world_size)
+    if fabric is None:
+        return known
+    return replace(known, strategy=type(fabric.strategy).__name__, precision=_precision(fabric))
+
+
+def _precision(fabric: Any) -> Any:
+    return getattr(fabric.strategy.precision, "precision", "32-true")
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+    if hasattr(batch, "to"):  # tensors, and batches that know how
+        return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

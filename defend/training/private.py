@@ -1,10 +1,8 @@
 """One private fit, whatever drives the loop: what Lightning, Fabric and plain PyTorch share."""
 
 import math
-import uuid
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,18 @@ from torch.utils.data import DataLoader
 from defend.batching.chunks import count_rows, even_bounds, slice_rows
 from defend.batching.memory import rows_that_fit
 from defend.errors import PrivacyError
-from defend.privacy.accounting import History
 from defend.privacy.budget import Budget
 from defend.privacy.fingerprint import data_digest
-from defend.privacy.ledger import Anchor, Ledger
 from defend.privacy.preconditions import Setup, check
 from defend.privacy.randomness import Randomness, make_global_rng_secret
 from defend.privacy.sampling import Drawn, PoissonBatchSampler, poisson_loader
 from defend.privacy.schedules import factor
-from defend.privacy.selftest import Attack, Loss, SelfTest, selftest, spread
+from defend.privacy.selftest import Attack, Loss, SelfTest
 from defend.privacy.step import PrivateStep
-from defend.privacy.still import seeded
+from defend.training.account import Account
 from defend.training.processes import Processes
 from defend.training.settings import PrivacySettings
+from defend.training.tryout import TryOut, is_due
 
 ADJACENCY = "add or remove one record"
 SAMPLING = "Poisson"
@@ -52,10 +49,7 @@ class PrivateTraining:
 
     def __init__(self, settings: PrivacySettings, default_ledger: Path | None = None) -> None:
         self.settings = settings
-        self.budget: Budget = settings.budget()
-        self.default_ledger = default_ledger
-        self.ledger_name: str | None = None
-        self.anchor: Anchor | None = None
+        self.account = Account(settings, default_ledger)
         self.max_grad_norm = settings.max_grad_norm
         self.selftest: SelfTest | None = None
         self._forget()
@@ -68,9 +62,15 @@ class PrivateTraining:
         self._loader: DataLoader | None = None
         self._randomness: Randomness | None = None
         self._step: PrivateStep | None = None
-        self._ledger: Ledger | None = None
         self._ddp: DistributedDataParallel | None = None
         self._restore_global_rng: Callable[[], None] | None = None
+        self._tryout: TryOut | None = None
+        self._epochs = self._steps_run = 0
+
+    @property
+    def budget(self) -> Budget:
+        """What may be spent and what was."""
+        return self.account.budget
 
     # --- before the first step --------------------------------------------------------------------
 
@@ -114,6 +114,7 @@ class PrivateTraining:
             randomness,
             first_step=lambda: self.budget.next_step,
             chunk_size=self.chunk_size,
+            fixed=torch.cuda.is_available() and torch.backends.cudnn.benchmark,
             rank=processes.rank,
             world_size=processes.world_size,
         )
@@ -138,9 +139,10 @@ class PrivateTraining:
             ddp: the DistributedDataParallel around the model, if there is one.
         """
         sampler = self._known(self.sampler)
-        self._open_ledger()
         try:
-            self.budget.open(sample_rate=sampler.sample_rate, planned=planned, done=done)
+            self.account.open(
+                self.processes, sample_rate=sampler.sample_rate, planned=planned, done=done
+            )
             self._step = PrivateStep(
                 module,
                 optimizer,
@@ -148,15 +150,22 @@ class PrivateTraining:
                 max_grad_norm=self.max_grad_norm,
                 expected_batch_size=sampler.sample_rate * sampler.size,
                 randomness=self._known(self._randomness),
-                charge=self._charge,
+                charge=self.account.charge,
                 clipping=self.settings.clipping,
+                loss_reduction="sum",
                 rank=self.processes.rank,
                 world_size=self.processes.world_size,
+            )
+            self.account.begin(
+                max_grad_norm=self.max_grad_norm,
+                records=sampler.size,
+                data_digest=data_digest(self._known(self._loader).dataset),
+                sampling=SAMPLING,
+                adjacency=ADJACENCY,
             )
         except BaseException:
             self.close()
             raise
-        self._begin_ledger()
         if isinstance(ddp, DistributedDataParallel):
             # Sums are added up after clipping, by `PrivateStep`; averaged gradients are no use, and
             # ranks may run different numbers of chunks, so no forward may wait for another rank.
@@ -173,116 +182,55 @@ class PrivateTraining:
         attack: Attack | None = None,
         half: bool = False,
     ) -> None:
-        """The self-test on the first, middle and last records of the data; before `open`.
+        """Chunk size and self-test, on records of the data; before `open`. See `TryOut`.
 
         Raises:
             PrivacyError: with everything that was found.
         """
-        if not self.settings.selftest:
-            return
-        loader = self._known(self._loader)
-
-        def collate(records: list[Any]) -> Any:
-            return transfer(loader.collate_fn(records))
-
-        positions = spread(len(loader.dataset))
-        if len(positions) < 3:
-            return  # too few records to mix
-        with seeded(0, ()):
-            records = [loader.dataset[i] for i in positions]
-        self.selftest = selftest(
+        tryout = TryOut(
             module,
-            records,
-            loss=loss,
-            collate=collate,
+            self._known(self._loader),
+            loss,
+            transfer=transfer,
             attack=attack,
             max_grad_norm=self.max_grad_norm,
             half=half,
         )
-        self.selftest.require()
-
-    def fit_chunks(self, measure: Callable[[int], int], free: int) -> None:
-        """Find the chunk size that fits, where it is left to us.
-
-        Args:
-            measure: rows → peak bytes of a step on that many rows.
-            free: bytes that may be used.
-        """
-        sampler = self._known(self.sampler)
-        if self.settings.chunk_size == "auto":
+        if next(module.parameters()).device.type == "cuda" and self.settings.chunk_size == "auto":
+            sampler = self._known(self.sampler)
             most = math.ceil(2 * sampler.sample_rate * sampler.size / sampler.world_size)
-            rows = rows_that_fit(measure, free, most=max(most, 1))
+            rows = rows_that_fit(tryout.peak_bytes, tryout.free_bytes(), most=max(most, 1))
             sampler.chunk_size = self.chunk_size = self.processes.broadcast(rows)
+        if self.settings.selftest:
+            self._tryout = tryout
+            self.selftest = tryout.selftest()
+            if self.selftest is not None:
+                self.selftest.require()
 
-    # --- the ledger -------------------------------------------------------------------------------
-
-    def ledger_path(self) -> Path | None:
-        """Where the ledger is or will be; None if there is to be none."""
-        asked = self.settings.ledger
-        if asked is False:
-            return None
-        if asked is not None:
-            return Path(str(asked))
-        if self.default_ledger is None or self.ledger_name is None:
-            return None
-        return self.default_ledger / self.ledger_name
-
-    def _open_ledger(self) -> None:
-        """Take up all that the ledger knows, on every rank."""
-        if self.settings.ledger is None and self.ledger_name is None:
-            self.ledger_name = self.processes.broadcast(f"{uuid.uuid4().hex}.jsonl")
-        path = self.ledger_path()
-        if path is None:
+    def _look_again(self) -> None:
+        """The self-test in short, now and then: a step may change its ways."""
+        sampler, tryout = self._known(self.sampler), self._tryout
+        first = sampler.epochs > self._epochs
+        self._epochs = sampler.epochs
+        due = is_due(self._steps_run, sampler.epochs - 1, first_of_epoch=first)
+        self._steps_run += 1
+        if tryout is None or not due:
             return
-
-        def read() -> tuple[dict[str, History], bool]:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._ledger = Ledger.open(path, anchor=self.anchor)
-            return self._ledger.fits, self._ledger.insecure
-
-        fits, insecure = self.processes.from_first(read)
-        self.budget.unite(fits, insecure=insecure)
-
-    def _begin_ledger(self) -> None:
-        if self._ledger is None:
-            return
-        sampler, loader = self._known(self.sampler), self._known(self._loader)
-        self._ledger.begin(
-            self.budget.fit,
-            insecure=self.settings.insecure_seed is not None,
-            noise_multiplier=self.budget.next_noise,
-            sample_rate=sampler.sample_rate,
-            max_grad_norm=self.max_grad_norm,
-            delta=self.settings.delta,
-            accountant=self.settings.accountant,
-            records=sampler.size,
-            data_digest=data_digest(loader.dataset),
-            sampling=SAMPLING,
-            adjacency=ADJACENCY,
-        )
-        self.anchor = self._ledger.anchor
-
-    def _charge(self, noise_multiplier: float, max_grad_norm: float) -> int:
-        """On disk first, then in memory; only then may the step be noised and taken."""
-        self.budget.check()
-        if self._ledger is not None:
-            self._ledger.charge(
-                self.budget.fit,
-                noise_multiplier=noise_multiplier,
-                sample_rate=self._known(self.sampler).sample_rate,
-                max_grad_norm=max_grad_norm,
-            )
-            self.anchor = self._ledger.anchor
-        return self.budget.charge()
+        with self._known(self._step).paused():
+            found = tryout.selftest(quick=True)
+        if found is not None and found.findings:
+            self.selftest = found
+            found.require()
 
     # --- one step ---------------------------------------------------------------------------------
 
-    def run(self, batch: Any, compute: Callable[[Any], None]) -> None:
+    def run(self, batch: Any, compute: Callable[[Any, int], None]) -> None:
         """Forward and backward on one logical batch, chunk by chunk, clipped and summed.
 
         Args:
             batch: what the private loader gave.
-            compute: runs forward and backward on a chunk of it.
+            compute: runs forward on a chunk of it, and backward from the *sum* of its rows'
+                losses: (chunk, rows) → None.
 
         Raises:
             PrivacyError: if the batch does not hold one row for each sampled record.
@@ -302,6 +250,7 @@ class PrivateTraining:
                 "collate function or a batch hook drops, adds or merges records; let it keep one "
                 "row a record."
             )
+        self._look_again()
         step.noise_multiplier = self.budget.next_noise
         if self.settings.clip_schedule is not None:
             at = factor(self.settings.clip_schedule, self.budget.next_step)
@@ -315,7 +264,7 @@ class PrivateTraining:
             self._run_rows(batch, start, stop, drawn, compute)
 
     def _run_rows(
-        self, batch: Any, start: int, stop: int, drawn: Drawn, compute: Callable[[Any], None]
+        self, batch: Any, start: int, stop: int, drawn: Drawn, compute: Callable[[Any, int], None]
     ) -> None:
         """Rows start…stop; in halves where they do not fit, with nothing counted twice."""
         step = self._known(self._step)
@@ -323,7 +272,7 @@ class PrivateTraining:
         chunk = batch if rows == drawn.rows else slice_rows(batch, start, stop, drawn.rows)
         step.expect(rows, min(max(drawn.records - start, 0), rows))
         try:
-            compute(chunk)
+            compute(chunk, rows)
             self.fold()
             return
         except torch.OutOfMemoryError as error:
@@ -373,14 +322,13 @@ class PrivateTraining:
             self._ddp.require_forward_param_sync = True
         if self._restore_global_rng is not None:
             self._restore_global_rng()
-        if self._ledger is not None:
-            self._ledger.close()
-        self._step = self._ddp = self._restore_global_rng = self._ledger = None
-        self._randomness = self._loader = None
+        self.account.close()
+        self._step = self._ddp = self._restore_global_rng = None
+        self._randomness = self._loader = self._tryout = None
 
     def facts(self) -> dict[str, Any]:
         """What is known of the run, for parameters and the card."""
-        settings, sampler = self.settings, self.sampler
+        settings, sampler, ledger = self.settings, self.sampler, self.account.path
         return {
             "private": self.budget.private,
             "target_epsilon": settings.target_epsilon,
@@ -395,27 +343,17 @@ class PrivateTraining:
             "sampling": SAMPLING,
             "secure_noise": settings.secure_noise,
             "selftest": _verdict(settings.selftest, self.selftest),
-            "ledger": str(path.name) if (path := self.ledger_path()) else "none",
+            "ledger": "none" if ledger is None else ledger.name,
         }
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run has to know, as plain data; holds no secret."""
-        anchor = self.anchor
-        return {
-            **self.budget.state_dict(),
-            "max_grad_norm": self.max_grad_norm,
-            "ledger": self.ledger_name,
-            "anchor": None if anchor is None else asdict(anchor),
-        }
+        return {**self.account.state_dict(), "max_grad_norm": self.max_grad_norm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Unite with what a checkpoint spent; what is known here is not forgotten."""
-        self.budget.merge(dict(state))
+        self.account.load_state_dict(state)
         self.max_grad_norm = state["max_grad_norm"]
-        if state["ledger"] is not None:
-            self.ledger_name = state["ledger"]
-        if state["anchor"] is not None:
-            self.anchor = Anchor(**state["anchor"])
 
     @staticmethod
     def _known(value: Any) -> Any:

@@ -1,10 +1,13 @@
 """The processes of a distributed run, as far as DP-SGD has to know them."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+
+from defend.errors import PrivacyError
 
 
 def _alone(value: Any) -> Any:
@@ -33,7 +36,11 @@ class Processes:
         return cls(dist.get_rank(), dist.get_world_size(), _broadcast)
 
     def from_first(self, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives on rank 0, on every rank; an error there is raised on all."""
+        """What `compute` gives on rank 0, on every rank; an error there is raised on all.
+
+        Args:
+            compute: called on rank 0 alone; what it returns has to survive pickling.
+        """
         value: Any = None
         error: Exception | None = None
         if self.rank == 0:
@@ -41,10 +48,22 @@ class Processes:
                 value = compute()
             except Exception as caught:
                 error = caught
-        value, error = self.broadcast((value, error))
-        if error is not None:
-            raise error
+        value, told = self.broadcast((value, _picklable(error)))
+        if told is not None:
+            raise told if error is None else error
         return value
+
+
+def _picklable(error: Exception | None) -> Exception | None:
+    """The error as other processes can take it up: one that cannot travel would leave them waiting.
+
+    Many errors with arguments of their own can be pickled, but not back.
+    """
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return PrivacyError(f"Expected rank 0 to succeed, got {type(error).__name__}: {error}")
+    return error
 
 
 def _broadcast(value: Any) -> Any:

@@ -1,100 +1,122 @@
-"""Two processes on CPU (gloo) give what one process gives."""
+"""Several processes on CPU (gloo) give what one process gives, however they were started.
 
-import json
+Two under `torch.distributed.run`, three under Lightning's own launcher, and copies of this process
+(ddp_spawn, ddp_fork). The cases are in `tests.training.programs`.
+"""
+
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
-from defend import PGD, AdversarialTraining, DifferentialPrivacy, Linf, RobustnessEvaluation
-from tests.helpers import Net, data, flat, trainer
+from defend import PGD, DifferentialPrivacy, Linf, RobustnessEvaluation
+from tests.helpers import Net, data, trainer
+from tests.training.programs import SIGMA, alone, reports
+from tests.training.test_processes import C, assert_deviation, count_steps, noise_in
 
 ATTACK = PGD(Linf(0.1), steps=2, random_start=False)
 
 
-class Report(Callback):
-    """Writes what each rank ended with."""
+@pytest.mark.parametrize(
+    "case",
+    [
+        "lightning exact",
+        "lightning robust",
+        "lightning both",
+        "lightning empty ranks",
+        "lightning adaptive",
+        "three",
+        "three empty ranks",
+    ],
+)
+def test_several_processes_equal_one(case):
+    """Without noise and with; in chunks of 3 against one chunk; with ranks without a record."""
+    one, several = alone(case), reports(case)
+    for report in several:
+        assert torch.equal(report["weights"], several[0]["weights"])  # ranks do not drift apart
+        torch.testing.assert_close(report["weights"], one["weights"], rtol=0, atol=1e-6)
+        assert report["steps"] == one["steps"]
+        assert report["metrics"] == pytest.approx(one["metrics"], abs=1e-6)
+
+
+def test_robustness_was_measured_in_the_cases_that_say_so():
+    for case in ("lightning robust", "lightning both", "three"):
+        assert "robust/pgd_accuracy" in alone(case)["metrics"]
+
+
+def test_a_learned_clipping_norm_is_the_same_everywhere():
+    first, second = reports("lightning adaptive")
+    assert first["max_grad_norm"] == second["max_grad_norm"]
+    assert first["max_grad_norm"] == pytest.approx(alone("lightning adaptive")["max_grad_norm"])
+    assert first["max_grad_norm"] > 1.5 * C  # it did move
+
+
+def test_without_a_seed_all_share_one_mask_and_one_noise():
+    first, second = reports("lightning no seed")
+    assert torch.equal(first["weights"], second["weights"])
+    assert not torch.equal(first["weights"], alone("lightning no seed")["weights"])
+    place = {float(x): i for i, x in enumerate(data(64).tensors[0][:, 0])}
+    for mine, others in zip(first["rows"], second["rows"], strict=True):
+        even, odd = [place[float(x)] for x in mine], [place[float(x)] for x in others]
+        whole = sorted(even + odd)
+        assert len(set(whole)) == len(whole)  # no record on both
+        assert (whole[::2], whole[1::2]) == (even, odd)  # one mask, cut into slices
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_noise_is_added_once(rank):
+    assert_deviation(noise_in("lightning noise", "lightning silence", rank), SIGMA * C)
+
+
+def test_noise_on_every_rank_would_be_noticed():
+    noise = noise_in("lightning noise on every rank", "lightning silence", 0)
+    with pytest.raises(AssertionError):
+        assert_deviation(noise, SIGMA * C)
+    assert_deviation(noise, SIGMA * C * 2**0.5)
+
+
+@pytest.mark.parametrize("case", ["lightning exact", "three"])
+def test_rank_0_keeps_the_only_ledger(case):
+    first, *others = reports(case)
+    assert first["writes"]
+    for report in others:
+        assert not report["writes"]
+        assert report["ledger"] == first["ledger"]
+        assert report["charged"] == first["charged"]
+    assert count_steps(first["ledger"]) == first["charged"] == first["steps"] == 8
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("lightning sum", "the loss is not the plain mean"),
+        ("lightning no ledger", "Expected a privacy ledger"),
+        pytest.param(
+            "lightning full disk",
+            "Expected to write the step",
+            marks=pytest.mark.xfail(strict=True, reason="Account.charge tells rank 0 only"),
+        ),
+    ],
+)
+def test_an_error_is_raised_on_all_ranks(case, message):
+    for report in reports(case):
+        assert report.get("error") == "PrivacyError"
+        assert message in report["message"]
+
+
+# --- copies of this process -------------------------------------------------------------------
+
+
+class Weights(Callback):
+    """What each rank ended with."""
 
     def __init__(self, folder):
         self.folder = folder
 
     def on_train_end(self, trainer, pl_module):
-        report = {
-            "weights": flat(pl_module).tolist(),
-            "steps": trainer.global_step,
-            "metrics": {k: float(v) for k, v in trainer.callback_metrics.items() if "robust" in k},
-        }
-        Path(self.folder, f"{trainer.global_rank}.json").write_text(json.dumps(report))
-
-
-def fit(folder, callbacks, world, batch_size, records=64):
-    """Fit two epochs on `world` processes; the batch of all processes together is the same."""
-    folder.mkdir()
-    pl.seed_everything(0)
-    settings = {"strategy": "ddp_spawn", "devices": world} if world > 1 else {}
-    run = trainer(callbacks=[*callbacks, Report(str(folder))], max_epochs=2, **settings)
-    batches = DataLoader(data(records), batch_size=batch_size // world)
-    validation = DataLoader(data(32, seed=1), batch_size=8)
-    run.fit(Net(), batches, validation)
-    return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world)]
-
-
-def weights(report):
-    return torch.tensor(report["weights"])
-
-
-def private(sigma, chunk_size=None):
-    return DifferentialPrivacy(
-        delta=1e-3,
-        max_grad_norm=0.5,
-        noise_multiplier=sigma,
-        insecure_seed=3,
-        chunk_size=chunk_size,
-    )
-
-
-@pytest.mark.parametrize("case", ["robust", "private", "both", "empty ranks"])
-def test_two_processes_equal_one(tmp_path, case):
-    # Without Poisson sampling Lightning shuffles over ranks: one step an epoch sees all records.
-    sizes = {"robust": (64, 64), "empty ranks": (12, 2)}
-    records, batch_size = sizes.get(case, (64, 16))
-
-    def callbacks(world):
-        made = [RobustnessEvaluation({"pgd": ATTACK}, curve_records=0)]
-        if case in ("robust", "both"):
-            made.append(AdversarialTraining(ATTACK))
-        if case != "robust":
-            made.append(private(0.8, chunk_size=3 if world > 1 else None))
-        return made
-
-    (one,) = fit(tmp_path / "one", callbacks(1), 1, batch_size, records)
-    first, second = fit(tmp_path / "two", callbacks(2), 2, batch_size, records)
-    assert first["weights"] == second["weights"]  # ranks do not drift apart
-    assert one["steps"] == first["steps"]
-    torch.testing.assert_close(weights(first), weights(one), rtol=0, atol=1e-6)
-    assert first["metrics"] == second["metrics"] == pytest.approx(one["metrics"], abs=1e-6)
-    assert first["metrics"]
-
-
-def test_without_a_seed_ranks_share_one_mask_and_one_noise(tmp_path):
-    """And what the copies spent and measured reaches the callbacks that the user holds."""
-    callback = DifferentialPrivacy(delta=1e-3, max_grad_norm=0.5, noise_multiplier=1.0)
-    evaluation = RobustnessEvaluation({"pgd": ATTACK})
-    first, second = fit(tmp_path / "two", [callback, evaluation], 2, 16)
-    assert first["weights"] == second["weights"]
-    assert (callback.steps, callback.sample_rate, callback.noise_multiplier) == (8, 0.25, 1.0)
-    assert callback.epsilon > 0
-    assert evaluation.report.attack_accuracy["pgd"] == pytest.approx(
-        first["metrics"]["robust/pgd_accuracy"]
-    )
-    assert len(evaluation.curves["linf"]) == 7
-    (tmp_path / "again").mkdir()
-    fit(tmp_path / "again" / "two", [callback], 2, 16)
-    assert callback.steps == 16
-    assert not Path(callback._mailbox).exists()
+        torch.save(pl_module.state_dict(), Path(self.folder, f"{trainer.global_rank}.pt"))
 
 
 class Failing(Net):
@@ -104,17 +126,42 @@ class Failing(Net):
         return super().training_step(batch, batch_idx)
 
 
-def test_what_a_failed_spawned_fit_spent_is_known(tmp_path):
+def test_what_spawned_copies_spent_and_measured_is_known(tmp_path):
     callback = DifferentialPrivacy(delta=1e-3, max_grad_norm=0.5, noise_multiplier=1.0)
-    run = trainer(callbacks=[callback], strategy="ddp_spawn", devices=2)
+    evaluation = RobustnessEvaluation({"pgd": ATTACK})
+    run = trainer(
+        callbacks=[callback, evaluation, Weights(str(tmp_path))],
+        max_epochs=2,
+        strategy="ddp_spawn",
+        devices=2,
+    )
+    validation = DataLoader(data(32, seed=1), batch_size=8)
+    run.fit(Net(), DataLoader(data(64), batch_size=8), validation)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (callback.steps, callback.sample_rate, callback.noise_multiplier) == (8, 0.25, 1.0)
+    assert callback.epsilon > 0
+    assert count_steps(callback.ledger_path) == 8
+    assert evaluation.report.records == 32
+    assert len(evaluation.curves["linf"]) == 7
+    assert not Path(callback._mailbox).exists()
+
+
+def test_what_a_failed_fit_of_copies_spent_is_known_and_adds_up():
+    callback = DifferentialPrivacy(delta=1e-3, max_grad_norm=0.5, noise_multiplier=1.0)
+    run = trainer(callbacks=[callback], strategy="ddp_fork", devices=2)
     with pytest.raises(Exception, match="out of luck"):
         run.fit(Failing(), DataLoader(data(64), batch_size=8))
     assert callback.steps == 3
     assert callback.state_dict()["fits"]
+    run = trainer(callbacks=[callback], strategy="ddp_fork", devices=2)
+    run.fit(Net(), DataLoader(data(64), batch_size=8))
+    assert callback.steps == count_steps(callback.ledger_path) == 3 + 4
+    assert not Path(callback._mailbox).exists()
 
 
-def test_a_spawned_validation_reports_too():
+def test_a_validation_in_copies_reports_too():
     evaluation = RobustnessEvaluation({"pgd": ATTACK})
-    run = trainer(callbacks=[evaluation], strategy="ddp_spawn", devices=2)
+    run = trainer(callbacks=[evaluation], strategy="ddp_fork", devices=2)
     run.validate(Net(), DataLoader(data(32, seed=1), batch_size=8), verbose=False)
     assert evaluation.report.records == 32

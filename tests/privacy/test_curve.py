@@ -1,20 +1,19 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.fft import irfft
 from scipy.optimize import brentq
 from scipy.stats import norm
 
 from defend import InputError
 from defend.privacy import curve as module
 from defend.privacy.accounting import Segment, epsilon, scheduled
-from defend.privacy.curve import EpsilonCurve, renyi
+from defend.privacy.curve import EpsilonCurve
+from defend.privacy.losses import epsilon_from_renyi, renyi
 
-from .test_accounting import second_opinion
+from .accountants import second_opinion
 
 DELTA = 1e-5
 MESH = 0.01  # what PRV adds for its mesh
@@ -49,67 +48,6 @@ def test_many_full_batches_are_one_gaussian(sigma, steps, delta):
         truth = epsilon_of_one_step(sigma / math.sqrt(n), 1.0, delta)
         # Of δ, a part in 1,000 pays for truncation, and 2e-11 for rounding in the longest.
         assert truth <= curve(n) <= truth + 1.4 * MESH
-
-
-@pytest.mark.parametrize("sigma", [0.2, 0.8, 3.0, 20.0])
-@pytest.mark.parametrize("rate", [1e-5, 0.1, 1.0])
-def test_renyi_divergences_are_those_of_opacus(sigma, rate):
-    from opacus.accountants.analysis.rdp import compute_rdp
-
-    reference = compute_rdp(q=rate, noise_multiplier=sigma, steps=1, orders=list(module._ORDERS))
-    np.testing.assert_allclose(renyi(sigma, rate), reference, rtol=1e-8, atol=3e-12)
-    if rate > 1e-5 or sigma < 20:  # where more than rounding is left to compare
-        assert not np.allclose(renyi(sigma, 0.95 * rate), reference, rtol=1e-8, atol=3e-12)
-
-
-def test_renyi_divergences_with_hardly_any_noise_are_bounds():
-    from opacus.accountants.analysis.rdp import compute_rdp
-
-    reference = compute_rdp(q=0.1, noise_multiplier=0.05, steps=1, orders=list(module._ORDERS))
-    whole = module._ORDERS % 1 == 0
-    ours = renyi(0.05, 0.1)
-    np.testing.assert_allclose(ours[whole], reference[whole], rtol=1e-10)
-    assert (ours >= reference * (1 - 1e-12)).all()
-
-
-def test_loss_and_its_inverse():
-    x = np.linspace(-5, 9, 57)
-    for sigma, rate in [(1.0, 0.1), (0.4, 1e-3), (3.0, 1.0)]:
-        density = norm.pdf(x, 0, sigma)
-        ratio = (1 - rate) + rate * norm.pdf(x, 1, sigma) / density
-        t = module._loss(x, sigma, rate)
-        np.testing.assert_allclose(t, np.log(ratio), rtol=1e-9, atol=1e-12)
-        clear = t > math.log1p(-rate) + 1e-3 if rate < 1 else t > -math.inf
-        np.testing.assert_allclose(module._inverse_loss(t, sigma, rate)[clear], x[clear], atol=1e-6)
-
-
-def test_composition_on_the_ring_against_plain_convolution():
-    sigma, rate, width, cells, steps = 1.0, 0.3, 0.01, 3000, 5
-    spectrum, shift = module._spectrum(sigma, rate, width, cells)
-    one = np.roll(irfft(spectrum, cells), cells // 2)
-    np.testing.assert_allclose(one.sum(), 1)
-    t = (np.arange(cells) - cells // 2) * width
-    # By definition, cell by cell, and n-fold.
-    mass, start = one, t[0]
-    for _ in range(steps - 1):
-        mass, start = np.convolve(mass, one), start + t[0]
-    t = start + np.arange(len(mass)) * width + steps * shift
-
-    def excess(eps):
-        return float((mass * np.maximum(0, 1 - np.exp(eps - t))).sum()) - DELTA
-
-    truth = brentq(excess, 0, 14, xtol=1e-12)
-    ring = (cells, width, steps * shift, DELTA)
-    assert module._from_cells(spectrum**steps, *ring, -1.0) == pytest.approx(truth, abs=1e-8)
-    assert module._from_band(spectrum**steps, *ring, -1.0, 14.0) == pytest.approx(truth, abs=1e-8)
-    # Four steps are told from five, and the shift of the mean matters.
-    assert abs(module._from_cells(spectrum**4, *ring, -1.0) - truth) > 0.1
-    unshifted = module._from_cells(spectrum**steps, cells, width, 0.0, DELTA, -1.0)
-    assert abs(unshifted - truth) == pytest.approx(abs(steps * shift), rel=0.1)
-    # The ends: below `low`, and beyond the ring.
-    assert module._from_cells(spectrum, cells, width, 0.0, 0.9, -1.0) == -1.0
-    assert module._from_band(spectrum, cells, width, 0.0, 0.9, -1.0, 14.0) == -1.0
-    assert module._from_band(spectrum**steps, *ring, -1.0, truth - 0.1) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -191,8 +129,8 @@ def test_never_falls_and_never_beats_the_exact_prefix(plan, spent, points):
 
 def test_composes_once_however_often_it_is_asked(monkeypatch):
     calls = []
-    spectrum = module._spectrum
-    monkeypatch.setattr(module, "_spectrum", lambda *a: calls.append(a) or spectrum(*a))
+    spectrum = module.spectrum
+    monkeypatch.setattr(module, "spectrum", lambda *a: calls.append(a) or spectrum(*a))
     curve = EpsilonCurve([(1.0, 0.02, 5000)], DELTA)
     assert len({curve(n) for n in range(5001)}) >= 64
     assert len(calls) == 1
@@ -236,7 +174,7 @@ def test_many_values_of_noise_are_rounded_down_to_few():
         assert levels[k][0] <= segment.noise_multiplier <= levels[k][0] * 2 ** (1 / 32) + 1e-12
     # An upper bound, and not by much: the slow composition takes each step for itself.
     exact = sum(renyi(s, q) * n for s, q, n in plan)
-    exact = module._converted(exact, DELTA)
+    exact = epsilon_from_renyi(exact, DELTA)
     assert exact < epsilon(plan, DELTA, "rdp") < 1.03 * exact
     # PRV of 34 values rounded to 32 is that of 34, which no second accountant composes fast.
     few = [(1 + k / 100, 0.1, 1) for k in range(34)]

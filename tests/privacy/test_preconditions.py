@@ -75,6 +75,14 @@ def with_optimizers(make):
     return Setup(module=module, optimizers=make(module))
 
 
+def stepped():
+    module = linear()
+    used = optimizer(module, cls=torch.optim.Adam)
+    module(torch.rand(2, 3)).sum().backward()
+    used.step()
+    return Setup(module=module, optimizers=(used,), resumed=False)
+
+
 CASES = [
     ("batch_norm", Setup(module=nn.Sequential(nn.BatchNorm2d(3))), "BatchNorm2d at `0`.*GroupNorm"),
     ("batch_norm", Setup(module=norm(training=True)), "BatchNorm1d at `1`.*ModuleValidator.fix"),
@@ -129,6 +137,11 @@ CASES = [
         "foreign_parameters",
         with_optimizers(lambda m: (optimizer(m, nn.Linear(2, 2)),)),
         "got 2 that are not the module's",
+    ),
+    (
+        "used_optimizer",
+        stepped(),
+        "not stepped yet, at the start of an account, got a Adam that has",
     ),
     (
         "several_closures",

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset, default_collate
 
 from defend import PGD, InputError, Linf, PrivacyError
 from defend.attacks.context import no_trace
-from defend.privacy.selftest import RECORDS, copy_for_probe, selftest, spread
+from defend.privacy.probe import copy_for_probe
+from defend.privacy.selftest import RECORDS, selftest
 
 WIDTH, CLASSES = 6, 3
 
@@ -433,8 +434,7 @@ def test_too_few_records():
         probe(Net(), items=records(2))
 
 
-def test_positions_are_spread_over_the_data():
-    assert spread(61) == [0, 10, 20, 30, 40, 50, 60]
-    assert spread(3) == [0, 1, 2]
-    assert spread(1) == [0]
-    assert len(set(spread(7))) == 7
+def test_a_quick_look_finds_what_couples_records():
+    found = probe(BatchMeanSubtracted(), quick=True)
+    assert "alone and in a batch" in found.findings[0]
+    assert probe(Net(), quick=True).passed

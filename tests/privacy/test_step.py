@@ -375,6 +375,69 @@ def test_the_padding_row_of_an_embedding_stays_zero():
     assert module.table.weight.grad[0].abs().max() == 0
 
 
+@pytest.mark.parametrize("how", ["in place", "data", "another optimizer"])
+@pytest.mark.parametrize("when", ["inside a batch", "between batches"])
+def test_weights_that_move_behind_the_optimizer_are_refused(how, when):
+    module = networks()["mlp"]
+    step, optimizer = make(module, 1.0)
+    other = torch.optim.SGD(module.parameters(), lr=1e-6)
+
+    def move():
+        weight = module[0].weight
+        if how == "data":
+            weight.data[0, 0] += 1e-6
+        elif how == "in place":
+            with torch.no_grad():
+                weight[0, 0] += 1e-6
+        else:
+            weight.grad = torch.ones_like(weight)
+            other.step()
+            weight.grad = None
+
+    step.begin()
+    backward(module, step)
+    if when == "inside a batch":
+        step.fold()
+        move()
+        with pytest.raises(PrivacyError, match="stand still between a batch and its step"):
+            step.release()
+        return
+    step.release()
+    optimizer.step()
+    move()
+    with pytest.raises(PrivacyError, match="stand still between a step and the next batch"):
+        step.begin()
+
+
+def test_a_raw_gradient_cannot_join_a_released_one():
+    module = networks()["mlp"]
+    step, optimizer = make(module, 1.0)
+    step.begin()
+    backward(module, step)
+    step.release()
+    x, y = records()
+    with pytest.raises(PrivacyError, match="no backward between the release of a gradient"):
+        F.cross_entropy(module(x), y).backward()
+    # Whoever swallows that error gets no step either.
+    assert module[0].weight.grad is None
+    with pytest.raises(PrivacyError, match="one noised gradient for each optimizer step"):
+        optimizer.step()
+
+
+def test_a_sum_and_a_mean_give_the_same():
+    results = []
+    for reduction, rows in (("mean", 1), ("sum", 7)):
+        module = networks()["mlp"]
+        step, _ = make(module, loss_reduction=reduction)
+        x, y = records()
+        step.begin()
+        step.expect(7, 7)
+        (F.cross_entropy(module(x), y) * rows).backward()
+        step.release()
+        results.append(torch.cat([p.grad.flatten() for p in step.parameters]))
+    torch.testing.assert_close(*results)
+
+
 def test_a_gradient_hook_added_later_is_refused():
     module = networks()["mlp"]
     step, _ = make(module)

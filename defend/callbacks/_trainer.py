@@ -1,0 +1,97 @@
+"""What a Trainer says about a private run, and its training step on a copy of the module."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
+
+from defend.callbacks._seams import Seams
+from defend.errors import PrivacyError
+from defend.privacy.preconditions import Setup
+from defend.privacy.selftest import Attack
+
+
+def trainer_facts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Setup:
+    """The facts that are known before the data and the optimizer are."""
+    return Setup(
+        accumulate_grad_batches=trainer.accumulate_grad_batches,
+        gradient_clip_val=trainer.gradient_clip_val,
+        precision=trainer.precision,
+        strategy=type(trainer.strategy).__name__,
+        automatic_optimization=pl_module.automatic_optimization,
+        overrides_backward=type(pl_module).backward is not pl.LightningModule.backward,
+        compiled=getattr(pl_module, "_compiler_ctx", None) is not None,
+        takes_dataloader_iter="dataloader_iter"
+        in inspect.signature(pl_module.training_step).parameters,
+        reloads_data=trainer.reload_dataloaders_every_n_epochs > 0,  # type: ignore[attr-defined]
+        overfits_batches=trainer.overfit_batches > 0,  # type: ignore[attr-defined]
+        callbacks=tuple(type(c) for c in trainer.callbacks),  # type: ignore[attr-defined]
+    )
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """The loss in what `training_step` returned.
+
+    Raises:
+        PrivacyError: if there is none.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, torch.Tensor):
+        raise PrivacyError(
+            f"Expected `training_step` to return a loss for every batch, got {loss!r}. Skipping "
+            "a batch because of one record would reveal that record."
+        )
+    return loss
+
+
+def without_graph(output: Any) -> Any:
+    """What `training_step` returned, its loss detached: backward is done."""
+    if isinstance(output, Mapping):
+        return {**output, "loss": output["loss"].detach()}
+    return output.detach()
+
+
+class TrainerStep:
+    """The step of a Trainer's loop, for trying it out on a copy of the module.
+
+    Args:
+        trainer: the Trainer, at the start of its fit.
+        pl_module: its module.
+    """
+
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.trainer, self.pl_module = trainer, pl_module
+        self._takes_index = is_param_in_hook_signature(
+            pl_module.training_step, "batch_idx", min_args=2
+        )
+        self.half = trainer.precision == "bf16-mixed"
+
+    def transfer(self, batch: Any) -> Any:
+        """A batch on the device, through all batch hooks of module and data module."""
+        batch = self.trainer.precision_plugin.convert_input(batch)
+        batch = self.pl_module._on_before_batch_transfer(batch)
+        return self.trainer.strategy.batch_to_device(batch)
+
+    def loss(self, module: nn.Module, batch: Any) -> torch.Tensor:
+        """The loss of `training_step` on a copy of the module; nothing is logged."""
+        assert isinstance(module, pl.LightningModule)
+        module.trainer = self.trainer
+        module.log = _log_nothing  # type: ignore[method-assign]
+        arguments = (batch, 0) if self._takes_index else (batch,)
+        with self.trainer.precision_plugin.train_step_context():
+            return loss_of(module.training_step(*arguments))
+
+    def attack_of(self, seams: Seams) -> Attack | None:
+        """What adversarial training makes of a batch, if there is any."""
+        adversary = seams.adversary
+        if adversary is None:
+            return None
+        return lambda module, batch: adversary.transform(batch, module)
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands in for `self.log` while the step is only tried out."""

@@ -1,0 +1,105 @@
+"""A copy of the user's module to try things on, and what may have changed on it."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from defend.errors import PrivacyError
+from defend.privacy.per_record import PerRecordGradients
+
+
+def copy_for_probe(module: nn.Module) -> nn.Module:
+    """A deep copy of `module` in the same modes.
+
+    Data sets and loaders on it, which may be large, are shared with the original, and so are our
+    own hooks: paused there, they are paused on the copy.
+
+    Raises:
+        PrivacyError: if it cannot be copied.
+    """
+    modules = list(module.modules())
+    shared: list[Any] = [
+        v for m in modules for v in vars(m).values() if isinstance(v, Dataset | DataLoader)
+    ]
+    for m in modules:
+        for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()):
+            owner = getattr(hook, "__self__", None)
+            if hasattr(owner, "hooks_enabled"):
+                shared.append(owner)
+    try:
+        return copy.deepcopy(module, {id(value): value for value in shared})
+    except Exception as error:
+        raise PrivacyError(
+            "Expected a module that can be copied for the self-test, got "
+            f"{type(error).__name__}: {error}. Keep open files, locks and the like out of the "
+            "module, or pass selftest=False and answer for the step yourself."
+        ) from error
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def restore(module: nn.Module, state: dict[str, Tensor]) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in state:
+            tensor.data.copy_(state[name])
+        tensor.grad = None
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def trace(
+    module: nn.Module, devices: Sequence[torch.device], per_record: PerRecordGradients
+) -> dict[str, list[Any]]:
+    """All that an attack might leave behind."""
+    return {
+        "per-record gradient": [per_record.holds_any],
+        "gradient": [p.grad for p in module.parameters()],
+        "requires_grad": [p.requires_grad for p in module.parameters()],
+        "training mode": [m.training for m in module.modules()],
+        "weight or buffer": list(state_of(module).values()),
+        "random state": [torch.get_rng_state()]
+        + [torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"],
+    }
+
+
+def changed(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> str | None:
+    def alike(a: Any, b: Any) -> bool:
+        both = isinstance(a, Tensor) and isinstance(b, Tensor)
+        return same(a, b) if both else a is b or (type(a) is type(b) is bool and a == b)
+
+    for name, values in before.items():
+        if len(values) != len(after[name]) or not all(map(alike, values, after[name])):
+            return name
+    return None
+
+
+def rows_differ(one: Any, other: Any, rows: int) -> bool:
+    """Whether any tensor of two batches differs in its rows after the first."""
+    return any(
+        a.shape == b.shape and len(a) == rows and not torch.allclose(a[1:], b[1:], atol=1e-5)
+        for a, b in zip(_tensors(one), _tensors(other), strict=False)
+        if a.ndim and b.ndim
+    )
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, dict):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _tensors(value)
+    elif hasattr(batch, "__dict__"):
+        yield from _tensors(vars(batch))

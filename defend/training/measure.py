@@ -1,0 +1,42 @@
+"""The memory of a private step, measured on the GPU it will run on."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from defend.privacy.mechanism import clip_and_sum
+from defend.privacy.per_record import PerRecordGradients
+from defend.privacy.probe import copy_for_probe
+from defend.privacy.selftest import Loss
+
+
+def step_on(module: nn.Module, loss: Loss, batch: Any, rows: int) -> None:
+    """Forward, backward and clip on a batch, on a copy of the module; nothing is kept."""
+    copy = copy_for_probe(module)
+    per_record = PerRecordGradients(copy, loss_reduction="sum")
+    try:
+        per_record.expect(rows)
+        with torch.enable_grad():
+            (loss(copy, batch) * rows).backward()
+        clip_and_sum(per_record.read(rows), 1.0)
+    finally:
+        per_record.remove()
+
+
+def peak_bytes(module: nn.Module, loss: Loss, batch: Any, rows: int) -> int:
+    """Most bytes that a private step on a batch allocates above what is there now."""
+    device = next(module.parameters()).device
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with torch.random.fork_rng([device], device_type="cuda"):
+        step_on(module, loss, batch, rows)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process may still allocate, its allocator's own cache included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached

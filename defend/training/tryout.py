@@ -1,0 +1,93 @@
+"""The user's own step on records of the user's own data: before step 0, and again now and then."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from defend.privacy.probe_records import probe_positions
+from defend.privacy.selftest import RECORDS, Attack, Loss, SelfTest, selftest
+from defend.privacy.still import seeded
+from defend.training.measure import free_bytes, peak_bytes
+
+
+class TryOut:
+    """Runs the self-test, and measures the memory of a step, on a copy of the module.
+
+    Args:
+        module: the model itself.
+        loader: the user's own training loader.
+        loss: (module, batch) → mean loss over the rows, as training computes it.
+        transfer: collated batch → batch on the device, as training sees it.
+        attack: (module, batch) → adversarial batch, or None.
+        max_grad_norm: C.
+        half: whether the step computes in half precision.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loader: DataLoader,
+        loss: Loss,
+        *,
+        transfer: Callable[[Any], Any],
+        attack: Attack | None,
+        max_grad_norm: float,
+        half: bool,
+    ) -> None:
+        self.module, self.loader, self.loss = module, loader, loss
+        self.transfer, self.attack = transfer, attack
+        self.max_grad_norm, self.half = max_grad_norm, half
+        self._turn = 0
+
+    def selftest(self, *, quick: bool = False) -> SelfTest | None:
+        """The self-test, on other records each time; None for a data set of fewer than three."""
+        records = self._records()
+        if len(records) < 3:  # too few to mix
+            return None
+        return selftest(
+            self.module,
+            records,
+            loss=self.loss,
+            collate=self._collate,
+            attack=self.attack,
+            max_grad_norm=self.max_grad_norm,
+            half=self.half,
+            quick=quick,
+        )
+
+    def peak_bytes(self, rows: int) -> int:
+        """Most bytes that a private step on `rows` rows allocates; on a GPU only."""
+        records = list(itertools.islice(itertools.cycle(self._records()), rows))
+        return peak_bytes(self.module, self.loss, self._collate(records), rows)
+
+    def free_bytes(self) -> int:
+        """Bytes that are left; on a GPU only."""
+        return free_bytes(next(self.module.parameters()).device)
+
+    def _records(self) -> list[Any]:
+        dataset = self.loader.dataset
+        positions = probe_positions(dataset, RECORDS, self._turn)
+        self._turn += 1
+        with seeded(self._turn, ()):
+            return [dataset[i] for i in positions]
+
+    def _collate(self, records: list[Any]) -> Any:
+        return self.transfer(self.loader.collate_fn(records))
+
+
+def is_due(step: int, epoch: int, *, first_of_epoch: bool) -> bool:
+    """Whether to look again: a step may behave one way on its first batch and another later.
+
+    At steps 4, 16, 64, …, and at the start of the second, third, fifth, ninth, … epoch: warm-ups
+    and late starts of any length are found before they went on for long, at a cost that fades.
+
+    Args:
+        step: steps of this fit so far.
+        epoch: epochs of this fit that are over.
+        first_of_epoch: whether the next step is the first of its epoch.
+    """
+    at_step = step >= 4 and step & (step - 1) == 0 and step.bit_length() % 2 == 1
+    return at_step or (first_of_epoch and epoch >= 1 and epoch & (epoch - 1) == 0)

@@ -1,0 +1,54 @@
+"""When the step is looked at again, and that a late change of its ways is found."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from defend import PrivacyError, make_private
+from defend.training.tryout import is_due
+from tests.helpers import loader
+
+
+def test_it_is_due_less_and_less_often():
+    steps = [s for s in range(300) if is_due(s, 0, first_of_epoch=False)]
+    assert steps == [4, 16, 64, 256]
+    epochs = [e for e in range(40) if is_due(3, e, first_of_epoch=True)]
+    assert epochs == [1, 2, 4, 8, 16, 32]
+    assert not is_due(3, 8, first_of_epoch=False)
+
+
+@pytest.mark.parametrize("late", [3, 9, 40])
+def test_a_loss_that_turns_bad_later_is_found(late, tmp_path):
+    model = torch.nn.Linear(8, 3)
+    calls = []
+
+    def loss(module, batch):
+        x, y = batch
+        if module is model:
+            calls.append(len(x))
+        if len(calls) >= late:
+            x = x - x.mean(0)
+        return F.cross_entropy(module(x), y)
+
+    private = make_private(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        loader(64, 8),
+        loss=loss,
+        epochs=20,
+        delta=1e-3,
+        max_grad_norm=1.0,
+        noise_multiplier=1.0,
+        ledger=tmp_path / "ledger.jsonl",
+    )
+
+    def train():
+        with private:
+            for _ in range(20):
+                for batch in private.loader:
+                    private.step(batch)
+
+    with pytest.raises(PrivacyError, match=r"(?s)self-test on your own step.*alone"):
+        train()
+    assert late <= private.steps <= 4 * late + 8
+    assert not private.selftest.passed
