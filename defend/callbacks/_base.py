@@ -33,6 +33,10 @@ class DefendCallback(Callback):
         self._is_rank_zero = False
         weakref.finalize(self, _discard, self._mailbox, self._home)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, and a pickle, do not hold a trainer."""
+        return {**vars(self), "_trainer": None} if "_trainer" in vars(self) else vars(self)
+
     def settings(self) -> dict[str, Any]:
         """Facts known before the first step; logged as parameters `defend/<name>`."""
         return {}

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
@@ -82,8 +83,20 @@ class TrainerStep:
         module.trainer = self.trainer
         module.log = _log_nothing  # type: ignore[method-assign]
         arguments = (batch, 0) if self._takes_index else (batch,)
-        with self.trainer.precision_plugin.train_step_context():
-            return loss_of(module.training_step(*arguments))
+        loggers = self.trainer.loggers
+        self.trainer.loggers = [DummyLogger() for _ in loggers]
+        try:
+            with self.trainer.precision_plugin.train_step_context():
+                return loss_of(module.training_step(*arguments))
+        finally:
+            self.trainer.loggers = loggers
+
+    def share(self) -> list[Any]:
+        """What a module may refer to, and a copy of it must not copy."""
+        trainer = self.trainer
+        parts = [trainer, getattr(trainer, "datamodule", None), *trainer.loggers]
+        parts += trainer.callbacks  # type: ignore[attr-defined]
+        return [part for part in parts if part is not None]
 
     def attack_of(self, seams: Seams) -> Attack | None:
         """What adversarial training makes of a batch, if there is any."""

@@ -288,6 +288,7 @@ class DifferentialPrivacy(DefendCallback):
             transfer=step.transfer,
             attack=step.attack_of(Seams.of(trainer)),
             half=step.half,
+            share=step.share(),
         )
         private.open(
             pl_module,
@@ -397,13 +398,19 @@ class DifferentialPrivacy(DefendCallback):
 
     def carried(self) -> dict[str, Any]:
         budget = self._private.budget
-        found = {"noise_multiplier": budget.noise_multiplier, "sample_rate": budget.sample_rate}
-        return {**self._private.state_dict(), **found, "unnoised": sorted(self._unnoised)}
+        return {
+            **self._private.state_dict(),
+            "noise_multiplier": budget.noise_multiplier,
+            "sample_rate": budget.sample_rate,
+            "ledger_folder": str(self._private.account.default_folder),
+            "unnoised": sorted(self._unnoised),
+        }
 
     def receive(self, carried: dict[str, Any]) -> None:
         self._private.load_state_dict(carried)
         self._private.budget.noise_multiplier = carried["noise_multiplier"]
         self._private.budget.sample_rate = carried["sample_rate"]
+        self._private.account.default_folder = Path(carried["ledger_folder"])
         self._unnoised |= set(carried["unnoised"])
 
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -200,7 +200,8 @@ class Budget:
         if self.exhausted:
             raise BudgetError(
                 f"Expected to stop at ε = {self.target_epsilon}, got a further step after "
-                f"{self.steps} that would exceed it. Remove min_epochs and min_steps, or raise "
+                f"{self.steps}, beyond it or beyond the plan. Stop there: a loop of your own ends "
+                "when `exhausted`, a Trainer without min_epochs and min_steps; or raise "
                 "target_epsilon."
             )
 

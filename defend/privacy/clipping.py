@@ -4,6 +4,7 @@ Each keeps the L2 sensitivity of what is released at C, so the accounting is the
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,28 @@ from defend.errors import InputError
 from defend.privacy.mechanism import clip_and_sum, clip_factors, per_record_norms, scale_and_sum
 
 
+class Clipping(ABC):
+    """How records are clipped: one of the three classes below.
+
+    Not a union of them: a command line that builds its arguments from YAML would take the first
+    class that fits and forget which one was asked for.
+    """
+
+    @abstractmethod
+    def clip(
+        self, gradients: Sequence[Tensor], max_grad_norm: float, weights: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """The clipped sums of one chunk, and a count to release beside them, or None.
+
+        Args:
+            gradients: one tensor `[N, *parameter.shape]` for each parameter.
+            max_grad_norm: C > 0; one record moves the sums, taken together, by at most C.
+            weights: 1 for a record and 0 for padding, shape `[N]`; None means all 1.
+        """
+
+
 @dataclass(frozen=True)
-class FlatClipping:
+class FlatClipping(Clipping):
     """Each record's whole gradient is clipped to C (Abadi et al. 2016, arXiv 1607.00133)."""
 
     def clip(
@@ -25,7 +46,7 @@ class FlatClipping:
 
 
 @dataclass(frozen=True)
-class PerLayerClipping:
+class PerLayerClipping(Clipping):
     """Each of K parameters is clipped on its own, to C / √K (McMahan et al. 2018, 1710.06963).
 
     Together they stay within √(K · C² / K) = C. Small gradients of one layer are then not drowned
@@ -41,7 +62,7 @@ class PerLayerClipping:
 
 
 @dataclass(frozen=True)
-class AdaptiveClipping:
+class AdaptiveClipping(Clipping):
     r"""C follows a quantile of the records' gradient norms (Andrew et al. 2021, arXiv 1905.03871).
 
     Each step also releases how many of its records had a norm below C,
@@ -126,9 +147,6 @@ class AdaptiveClipping:
         log_norm = math.log(max_grad_norm) - self.learning_rate * (below - self.target_quantile)
         smallest, largest = math.log(self.smallest), math.log(self.largest)
         return math.exp(min(max(log_norm, smallest), largest))
-
-
-Clipping = FlatClipping | PerLayerClipping | AdaptiveClipping
 
 
 def check_clipping(clipping: object) -> None:

@@ -12,19 +12,22 @@ from defend.errors import PrivacyError
 from defend.privacy.per_record import PerRecordGradients
 
 
-def copy_for_probe(module: nn.Module) -> nn.Module:
+def copy_for_probe(module: nn.Module, share: Sequence[Any] = ()) -> nn.Module:
     """A deep copy of `module` in the same modes.
 
     Data sets and loaders on it, which may be large, are shared with the original, and so are our
     own hooks: paused there, they are paused on the copy.
 
+    Args:
+        module: what to copy.
+        share: other objects that it may refer to and that are not to be copied with it.
+
     Raises:
         PrivacyError: if it cannot be copied.
     """
     modules = list(module.modules())
-    shared: list[Any] = [
-        v for m in modules for v in vars(m).values() if isinstance(v, Dataset | DataLoader)
-    ]
+    shared: list[Any] = [*share]
+    shared += [v for m in modules for v in vars(m).values() if isinstance(v, Dataset | DataLoader)]
     for m in modules:
         for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()):
             owner = getattr(hook, "__self__", None)
@@ -41,12 +44,26 @@ def copy_for_probe(module: nn.Module) -> nn.Module:
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers, by name."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
+def generators_of(module: nn.Module) -> list[tuple[torch.Generator, Tensor]]:
+    """The random generators that modules hold, and where they stand."""
+    values = (v for m in module.modules() for v in vars(m).values())
+    return [(v, v.get_state()) for v in values if isinstance(v, torch.Generator)]
+
+
 @torch.no_grad()
-def restore(module: nn.Module, state: dict[str, Tensor]) -> None:
+def restore(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    generators: Sequence[tuple[torch.Generator, Tensor]] = (),
+) -> None:
+    """Put parameters, buffers and generators back, and forget gradients."""
+    for generator, place in generators:
+        generator.set_state(place)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if name in state:
             tensor.data.copy_(state[name])
@@ -54,6 +71,7 @@ def restore(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
+    """Equal in every value; NaN equals NaN."""
     return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
@@ -73,6 +91,8 @@ def trace(
 
 
 def changed(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> str | None:
+    """The first thing that two traces differ in; None if they are the same."""
+
     def alike(a: Any, b: Any) -> bool:
         both = isinstance(a, Tensor) and isinstance(b, Tensor)
         return same(a, b) if both else a is b or (type(a) is type(b) is bool and a == b)

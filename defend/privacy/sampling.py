@@ -67,7 +67,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.size = size
         self.sample_rate = sample_rate
         self.steps = steps
-        self.randomness = randomness
+        self.randomness: Randomness | None = randomness
         self.first_step = first_step
         self.chunk_size = chunk_size
         self.fixed = fixed
@@ -75,6 +75,11 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.world_size = world_size
         self.drawn: deque[Drawn] = deque()
         self.epochs = 0
+
+    def forget(self) -> None:
+        """Drop the source of the masks; only the sizes stay."""
+        self.randomness = None
+        self.drawn.clear()
 
     def __len__(self) -> int:
         return self.steps
@@ -95,6 +100,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     def sample(self, step: int) -> list[int]:
         """The records of the whole logical batch of one step, over all ranks."""
+        assert self.randomness is not None
         # Of 53 bits: the 24 of float32 would round a small q.
         draws = self.randomness.uniforms(step, self.size)
         return (draws < self.sample_rate).nonzero().flatten().tolist()

@@ -27,6 +27,7 @@ from defend.privacy.per_record import PerRecordGradients
 from defend.privacy.probe import (
     changed,
     copy_for_probe,
+    generators_of,
     restore,
     rows_differ,
     same,
@@ -86,6 +87,7 @@ def selftest(
     max_grad_norm: float = 1.0,
     half: bool = False,
     quick: bool = False,
+    share: Sequence[Any] = (),
 ) -> SelfTest:
     """Try the step on a copy of `module` and report whatever breaks the guarantee.
 
@@ -98,6 +100,7 @@ def selftest(
             call.
         max_grad_norm: C.
         half: whether the step computes in half precision (autocast), which rounds more.
+        share: objects that the module may refer to and that are not to be copied with it.
         quick: only the first of the four, on one record alone: for another look later on.
 
     Returns:
@@ -111,7 +114,7 @@ def selftest(
     if len(records) < 3:
         raise InputError(f"Expected at least 3 records for the self-test, got {len(records)}.")
     probe = _Probe(
-        copy_for_probe(module), list(records), loss, collate, attack, max_grad_norm, half
+        copy_for_probe(module, share), list(records), loss, collate, attack, max_grad_norm, half
     )
     with seeded(0, probe.devices):
         findings, largest = probe.run(quick)
@@ -134,7 +137,7 @@ class _Probe:
         self.max_grad_norm, self.half = max_grad_norm, half
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.devices = sorted({p.device for p in module.parameters()}, key=str)
-        self.before = state_of(module)
+        self.before, self.generators = state_of(module), generators_of(module)
 
     def run(self, quick: bool) -> tuple[list[str], float]:
         per_record = PerRecordGradients(self.module, loss_reduction="sum")
@@ -172,7 +175,7 @@ class _Probe:
         """
         if self.attack is None:
             return batch
-        restore(self.module, self.before)
+        restore(self.module, self.before, self.generators)
         before = trace(self.module, self.devices, per_record)
         batch = self.attack(self.module, batch)
         left = changed(before, trace(self.module, self.devices, per_record))
@@ -184,7 +187,7 @@ class _Probe:
         return batch
 
     def _step(self, per_record: PerRecordGradients, batch: Any, rows: int) -> list[Tensor]:
-        restore(self.module, self.before)
+        restore(self.module, self.before, self.generators)
         per_record.expect(rows)
         with torch.enable_grad():
             (self.loss(self.module, batch) * rows).backward()
@@ -220,7 +223,7 @@ class _Probe:
 
     def _autograd(self, per_record: PerRecordGradients, record: Any) -> list[Tensor]:
         """The gradient of one record in a batch of its own, without hooks."""
-        restore(self.module, self.before)
+        restore(self.module, self.before, self.generators)
         with per_record.paused(), torch.enable_grad():
             # Not `autograd.grad`: reentrant checkpoints forbid it.
             self.loss(self.module, self.collate([record])).backward()

@@ -174,13 +174,19 @@ class PrivateStep:
                 "It sees gradients before clipping and noise. Remove it."
             )
         self._refuse_moved_weights("between a batch and its step")
-        number = self._charge(self.noise_multiplier, self.max_grad_norm)
         if self._count is not None:
             sums.append(self._count.to(sums[0].dtype).reshape(()))
-        if self.rank == 0:
-            self._add_noise(sums, number)
+        error: Exception | None = None
+        try:
+            number = self._charge(self.noise_multiplier, self.max_grad_norm)
+            if self.rank == 0:
+                self._add_noise(sums, number)
+        except Exception as caught:
+            if self.world_size == 1:
+                raise
+            error = caught
         if self.world_size > 1:
-            sums = _all_reduce(sums)
+            sums = _sum_over_processes(sums, error)
         for parameter, total in zip(self.parameters, sums, strict=False):
             parameter.grad = (total / self.expected_batch_size).to(parameter.dtype)
         if isinstance(self.clipping, AdaptiveClipping):
@@ -301,9 +307,23 @@ def _fingerprint(parameters: Sequence[Tensor]) -> Tensor:
         return torch.stack([p.detach().view(kinds[p.element_size()]).sum() for p in parameters])
 
 
-def _all_reduce(sums: list[Tensor]) -> list[Tensor]:
-    """The sum over all processes, in one message."""
-    flat = torch.cat([s.flatten() for s in sums])
+def _sum_over_processes(sums: list[Tensor], error: Exception | None) -> list[Tensor]:
+    """The sums over all processes, in one message; an error on one is an error on all.
+
+    A process that failed (a full disk under the ledger) takes part with zeros, so that the others
+    do not wait for it, and tells them by one more number.
+    """
+    failed = sums[0].new_tensor(0.0 if error is None else 1.0)
+    flat = torch.cat([s.flatten() for s in (*sums, failed)])
+    if error is not None:
+        flat[:-1] = 0
     dist.all_reduce(flat)
-    parts = flat.split([s.numel() for s in sums])
+    if error is not None:
+        raise error
+    if flat[-1] > 0:
+        raise PrivacyError(
+            "Expected every process to account for the step, got an error on another one. See its "
+            "message; nothing was released."
+        )
+    parts = flat[:-1].split([s.numel() for s in sums])
     return [part.view_as(s) for part, s in zip(parts, sums, strict=True)]

@@ -64,19 +64,23 @@ class Account:
             self.budget.unite(fits, insecure=insecure)
         self.budget.open(sample_rate=sample_rate, planned=planned, done=done)
 
-    def begin(self, **facts: Any) -> None:
+    def begin(self, processes: Processes, **facts: Any) -> None:
         """Head this fit's steps in the ledger with what holds for all of them."""
-        if self._ledger is not None:
-            self._ledger.begin(
-                self.budget.fit,
-                insecure=self.settings.insecure_seed is not None,
-                noise_multiplier=self.budget.next_noise,
-                sample_rate=self.budget.sample_rate,
-                delta=self.settings.delta,
-                accountant=self.settings.accountant,
-                **facts,
-            )
-            self._anchor = self._ledger.anchor
+
+        def write() -> None:
+            if self._ledger is not None:
+                self._ledger.begin(
+                    self.budget.fit,
+                    insecure=self.settings.insecure_seed is not None,
+                    noise_multiplier=self.budget.next_noise,
+                    sample_rate=self.budget.sample_rate,
+                    delta=self.settings.delta,
+                    accountant=self.settings.accountant,
+                    **facts,
+                )
+                self._anchor = self._ledger.anchor
+
+        processes.from_first(write)
 
     def charge(self, noise_multiplier: float, max_grad_norm: float) -> int:
         """On disk first, then in memory; only then may the step be noised and taken.
@@ -101,6 +105,10 @@ class Account:
         if self._ledger is not None:
             self._ledger.close()
             self._ledger = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, and a pickle, do not hold the open file."""
+        return {**vars(self), "_ledger": None}
 
     def state_dict(self) -> dict[str, Any]:
         """What was spent and where the ledger stood, as plain data; holds no secret."""

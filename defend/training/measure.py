@@ -1,5 +1,6 @@
 """The memory of a private step, measured on the GPU it will run on."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from defend.privacy.probe import copy_for_probe
 from defend.privacy.selftest import Loss
 
 
-def step_on(module: nn.Module, loss: Loss, batch: Any, rows: int) -> None:
+def step_on(
+    module: nn.Module, loss: Loss, batch: Any, rows: int, share: Sequence[Any] = ()
+) -> None:
     """Forward, backward and clip on a batch, on a copy of the module; nothing is kept."""
-    copy = copy_for_probe(module)
+    copy = copy_for_probe(module, share)
     per_record = PerRecordGradients(copy, loss_reduction="sum")
     try:
         per_record.expect(rows)
@@ -24,13 +27,15 @@ def step_on(module: nn.Module, loss: Loss, batch: Any, rows: int) -> None:
         per_record.remove()
 
 
-def peak_bytes(module: nn.Module, loss: Loss, batch: Any, rows: int) -> int:
+def peak_bytes(
+    module: nn.Module, loss: Loss, batch: Any, rows: int, share: Sequence[Any] = ()
+) -> int:
     """Most bytes that a private step on a batch allocates above what is there now."""
     device = next(module.parameters()).device
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     with torch.random.fork_rng([device], device_type="cuda"):
-        step_on(module, loss, batch, rows)
+        step_on(module, loss, batch, rows, share)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 

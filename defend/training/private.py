@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ class PrivateTraining:
             loader.batch_size * processes.world_size / records,
             len(loader),
             randomness,
-            first_step=lambda: self.budget.next_step,
+            first_step=self._next_step,
             chunk_size=self.chunk_size,
             fixed=torch.cuda.is_available() and torch.backends.cudnn.benchmark,
             rank=processes.rank,
@@ -157,6 +157,7 @@ class PrivateTraining:
                 world_size=self.processes.world_size,
             )
             self.account.begin(
+                self.processes,
                 max_grad_norm=self.max_grad_norm,
                 records=sampler.size,
                 data_digest=data_digest(self._known(self._loader).dataset),
@@ -173,6 +174,9 @@ class PrivateTraining:
             ddp.require_backward_grad_sync = False
             ddp.require_forward_param_sync = False
 
+    def _next_step(self) -> int:
+        return self.budget.next_step
+
     def try_out(
         self,
         module: nn.Module,
@@ -181,6 +185,7 @@ class PrivateTraining:
         transfer: Callable[[Any], Any] = lambda batch: batch,
         attack: Attack | None = None,
         half: bool = False,
+        share: Sequence[Any] = (),
     ) -> None:
         """Chunk size and self-test, on records of the data; before `open`. See `TryOut`.
 
@@ -195,6 +200,7 @@ class PrivateTraining:
             attack=attack,
             max_grad_norm=self.max_grad_norm,
             half=half,
+            share=share,
         )
         if next(module.parameters()).device.type == "cuda" and self.settings.chunk_size == "auto":
             sampler = self._known(self.sampler)
@@ -244,7 +250,7 @@ class PrivateTraining:
             )
         drawn = sampler.drawn.popleft()
         rows = count_rows(batch)
-        if rows != drawn.rows:
+        if rows is None or rows != drawn.rows:
             raise PrivacyError(
                 f"Expected {drawn.rows} rows, one for each sampled record, got {rows}. The "
                 "collate function or a batch hook drops, adds or merges records; let it keep one "
@@ -257,16 +263,24 @@ class PrivateTraining:
             self.max_grad_norm = self.settings.max_grad_norm * at
         step.max_grad_norm = self.max_grad_norm
         step.begin()
-        chunks = drawn.chunks
+        start = 0
+        while start < rows:
+            stop = self._next_stop(start, drawn)
+            if self._run_rows(batch, start, stop, drawn, compute):
+                start = stop
+
+    def _next_stop(self, start: int, drawn: Drawn) -> int:
+        """The end of the chunk that starts at `start`: the rest in even parts that fit."""
+        size = math.ceil(drawn.rows / drawn.chunks)
         if self.chunk_size is not None:  # it may have shrunk since the batch was drawn
-            chunks = max(chunks, math.ceil(drawn.rows / self.chunk_size))
-        for start, stop in even_bounds(drawn.rows, chunks):
-            self._run_rows(batch, start, stop, drawn, compute)
+            size = min(size, self.chunk_size)
+        left = drawn.rows - start
+        return start + even_bounds(left, math.ceil(left / size))[0][1]
 
     def _run_rows(
         self, batch: Any, start: int, stop: int, drawn: Drawn, compute: Callable[[Any, int], None]
-    ) -> None:
-        """Rows start…stop; in halves where they do not fit, with nothing counted twice."""
+    ) -> bool:
+        """Rows start…stop; False if they did not fit, with nothing counted and smaller chunks."""
         step = self._known(self._step)
         rows = stop - start
         chunk = batch if rows == drawn.rows else slice_rows(batch, start, stop, drawn.rows)
@@ -274,24 +288,22 @@ class PrivateTraining:
         try:
             compute(chunk, rows)
             self.fold()
-            return
+            return True
         except torch.OutOfMemoryError as error:
             if rows == 1 or self.processes.world_size > 1:
                 raise
             step.discard()
             message = str(error).splitlines()[0] if str(error) else "out of memory"
         # Outside the handler: the traceback would keep the tensors that did not fit.
-        self.chunk_size = max(1, math.ceil(rows / 2))
-        self._known(self.sampler).chunk_size = self.chunk_size
+        self.chunk_size = self._known(self.sampler).chunk_size = math.ceil(rows / 2)
         warnings.warn(
-            f"{rows} rows did not fit ({message}); going on with {self.chunk_size} at a time.",
+            f"{rows} rows did not fit ({message}); going on with {self.chunk_size} at a time. "
+            "What the chunk logged before it failed is in the log twice.",
             stacklevel=2,
         )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        middle = start + self.chunk_size
-        self._run_rows(batch, start, middle, drawn, compute)
-        self._run_rows(batch, middle, stop, drawn, compute)
+        return False
 
     def fold(self) -> None:
         """After a chunk's backward: clip, sum, and forget its raw gradients. Safe to call twice."""
@@ -323,6 +335,8 @@ class PrivateTraining:
         if self._restore_global_rng is not None:
             self._restore_global_rng()
         self.account.close()
+        if self.sampler is not None:
+            self.sampler.forget()
         self._step = self._ddp = self._restore_global_rng = None
         self._randomness = self._loader = self._tryout = None
 
@@ -354,6 +368,13 @@ class PrivateTraining:
         """Unite with what a checkpoint spent; what is known here is not forgotten."""
         self.account.load_state_dict(state)
         self.max_grad_norm = state["max_grad_norm"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, and a pickle, hold the account and no secret of a fit under way."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(vars(self))
+        copy._forget()
+        return vars(copy)
 
     @staticmethod
     def _known(value: Any) -> Any:

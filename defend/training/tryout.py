@@ -1,7 +1,7 @@
 """The user's own step on records of the user's own data: before step 0, and again now and then."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,7 @@ class TryOut:
         attack: (module, batch) → adversarial batch, or None.
         max_grad_norm: C.
         half: whether the step computes in half precision.
+        share: objects that the module may refer to and that are not to be copied with it.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class TryOut:
         attack: Attack | None,
         max_grad_norm: float,
         half: bool,
+        share: Sequence[Any] = (),
     ) -> None:
         self.module, self.loader, self.loss = module, loader, loss
         self.transfer, self.attack = transfer, attack
-        self.max_grad_norm, self.half = max_grad_norm, half
+        self.max_grad_norm, self.half, self.share = max_grad_norm, half, share
         self._turn = 0
 
     def selftest(self, *, quick: bool = False) -> SelfTest | None:
@@ -56,12 +58,13 @@ class TryOut:
             max_grad_norm=self.max_grad_norm,
             half=self.half,
             quick=quick,
+            share=self.share,
         )
 
     def peak_bytes(self, rows: int) -> int:
         """Most bytes that a private step on `rows` rows allocates; on a GPU only."""
         records = list(itertools.islice(itertools.cycle(self._records()), rows))
-        return peak_bytes(self.module, self.loss, self._collate(records), rows)
+        return peak_bytes(self.module, self.loss, self._collate(records), rows, self.share)
 
     def free_bytes(self) -> int:
         """Bytes that are left; on a GPU only."""

@@ -93,17 +93,17 @@ def test_rank_0_keeps_the_only_ledger(case):
     [
         ("lightning sum", "the loss is not the plain mean"),
         ("lightning no ledger", "Expected a privacy ledger"),
-        pytest.param(
+        (
             "lightning full disk",
-            "Expected to write the step",
-            marks=pytest.mark.xfail(strict=True, reason="Account.charge tells rank 0 only"),
+            ["Expected to write the step", "account for the step, got an error on another"],
         ),
     ],
 )
 def test_an_error_is_raised_on_all_ranks(case, message):
     for report in reports(case):
         assert report.get("error") == "PrivacyError"
-        assert message in report["message"]
+        messages = [message] if isinstance(message, str) else message
+        assert any(m in report["message"] for m in messages)
 
 
 # --- copies of this process -------------------------------------------------------------------
@@ -131,6 +131,7 @@ def test_what_spawned_copies_spent_and_measured_is_known(tmp_path):
     evaluation = RobustnessEvaluation({"pgd": ATTACK})
     run = trainer(
         callbacks=[callback, evaluation, Weights(str(tmp_path))],
+        default_root_dir=tmp_path,
         max_epochs=2,
         strategy="ddp_spawn",
         devices=2,
@@ -141,23 +142,33 @@ def test_what_spawned_copies_spent_and_measured_is_known(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (callback.steps, callback.sample_rate, callback.noise_multiplier) == (8, 0.25, 1.0)
     assert callback.epsilon > 0
-    assert count_steps(callback.ledger_path) == 8
+    (ledger,) = tmp_path.glob("privacy_ledgers/*")
+    assert count_steps(ledger) == 8
     assert evaluation.report.records == 32
     assert len(evaluation.curves["linf"]) == 7
     assert not Path(callback._mailbox).exists()
 
 
-def test_what_a_failed_fit_of_copies_spent_is_known_and_adds_up():
+def test_what_a_failed_fit_of_copies_spent_is_known_and_adds_up(tmp_path):
     callback = DifferentialPrivacy(delta=1e-3, max_grad_norm=0.5, noise_multiplier=1.0)
-    run = trainer(callbacks=[callback], strategy="ddp_fork", devices=2)
+    settings = {"strategy": "ddp_fork", "devices": 2, "default_root_dir": tmp_path}
+    run = trainer(callbacks=[callback], **settings)
     with pytest.raises(Exception, match="out of luck"):
         run.fit(Failing(), DataLoader(data(64), batch_size=8))
     assert callback.steps == 3
     assert callback.state_dict()["fits"]
-    run = trainer(callbacks=[callback], strategy="ddp_fork", devices=2)
+    run = trainer(callbacks=[callback], **settings)
     run.fit(Net(), DataLoader(data(64), batch_size=8))
-    assert callback.steps == count_steps(callback.ledger_path) == 3 + 4
+    (ledger,) = tmp_path.glob("privacy_ledgers/*")  # the second fit found that of the first
+    assert callback.steps == count_steps(ledger) == 3 + 4
     assert not Path(callback._mailbox).exists()
+
+
+def test_where_copies_kept_their_ledger_is_known(tmp_path):
+    callback = DifferentialPrivacy(delta=1e-3, max_grad_norm=0.5, noise_multiplier=1.0)
+    run = trainer(callbacks=[callback], strategy="ddp_fork", devices=2, default_root_dir=tmp_path)
+    run.fit(Net(), DataLoader(data(64), batch_size=8))
+    assert [callback.ledger_path] == list(tmp_path.glob("privacy_ledgers/*"))
 
 
 def test_a_validation_in_copies_reports_too():

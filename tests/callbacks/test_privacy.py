@@ -442,7 +442,7 @@ def dropping(rows):
         (Net, None, {"extra": [LearningRateFinder()]}, "got LearningRateFinder"),
         (Net, lambda: [loader(), loader()], {}, "one training loader, got 2"),
         (Net, lambda: DataLoader(data(8), batch_size=16), {}, "16 from 8 records"),
-        (Net, lambda: DataLoader(data(64), 32, collate_fn=dropping), {}, "6 rows, one a record, .* got 5"),
+        (Net, lambda: DataLoader(data(64), 32, collate_fn=dropping), {}, "6 rows, .* got 5"),
         (Net, None, {"extra": [Another(**SETTINGS)]}, "one DifferentialPrivacy callback, got two"),
     ],
 )

@@ -142,5 +142,5 @@ def test_too_little_count_noise_is_refused():
 
 
 def test_only_the_three_are_known():
-    with pytest.raises(InputError, match="FlatClipping.*got 'flat'"):
+    with pytest.raises(InputError, match=r"FlatClipping.*got 'flat'"):
         check_clipping("flat")

@@ -22,7 +22,7 @@ def test_bad_settings(settings, message):
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_factor_that_ends_the_noise_is_refused(value):
-    with pytest.raises(InputError, match="a finite factor > 0, got .* at step 3"):
+    with pytest.raises(InputError, match=r"a finite factor > 0, got .* at step 3"):
         factor(lambda step: value, 3)
 
 

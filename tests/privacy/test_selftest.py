@@ -396,7 +396,7 @@ def test_a_bad_attack_is_found(attack, message):
         found.require()
 
 
-# --- nothing is left behind -------------------------------------------------------------------------
+# --- nothing is left behind ---------------------------------------------------------------
 
 
 def test_module_and_random_state_are_untouched():
