@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Sampler
 
+from defend.errors import PrivacyError
 from defend.privacy.randomness import Randomness
 
 
@@ -100,7 +101,11 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     def sample(self, step: int) -> list[int]:
         """The records of the whole logical batch of one step, over all ranks."""
-        assert self.randomness is not None
+        if self.randomness is None:
+            raise PrivacyError(
+                "Expected an open loop, got a batch asked for after its end or after an error. "
+                "Start another fit."
+            )
         # Of 53 bits: the 24 of float32 would round a small q.
         draws = self.randomness.uniforms(step, self.size)
         return (draws < self.sample_rate).nonzero().flatten().tolist()

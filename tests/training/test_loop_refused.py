@@ -60,7 +60,9 @@ def test_an_error_in_the_loss_closes_the_loop(after_backward):
     assert_closed(model)
     assert 0 < loop.steps < 8
     with pytest.raises(PrivacyError, match="a step after `close` or after an error"):
-        loop.step(next(iter(loop.loader)))
+        loop.step(None)
+    with pytest.raises(PrivacyError, match="a batch asked for after its end or after an error"):
+        next(iter(loop.loader))
     again = private(model, state=loop.state_dict())
     assert again.steps == loop.steps
     again.close()
