@@ -49,6 +49,26 @@ def loss_of(output: Any) -> torch.Tensor:
     return loss
 
 
+def refuse_steering(trainer: pl.Trainer, metric: str) -> None:
+    """Nothing that shapes the weights may look at a metric of the training data without noise.
+
+    Raises:
+        PrivacyError: if a scheduler, an early stopping or a checkpoint monitors `metric`.
+    """
+    watchers = {type(c).__name__: getattr(c, "monitor", None) for c in trainer.callbacks}  # type: ignore[attr-defined]
+    for config in trainer.lr_scheduler_configs:
+        watchers[type(config.scheduler).__name__] = (
+            config.monitor if config.reduce_on_plateau else None
+        )
+    names = {metric, f"{metric}_step", f"{metric}_epoch"}
+    found = [watcher for watcher, monitored in watchers.items() if monitored in names]
+    if found:
+        raise PrivacyError(
+            f"Expected nothing to be steered by the training data without noise, got {found[0]} "
+            f"that monitors `{metric}`. Monitor a metric of held-out data, or the step."
+        )
+
+
 def without_graph(output: Any) -> Any:
     """What `training_step` returned, its loss detached: backward is done."""
     if isinstance(output, Mapping):
@@ -70,6 +90,7 @@ class TrainerStep:
             pl_module.training_step, "batch_idx", min_args=2
         )
         self.half = trainer.precision == "bf16-mixed"
+        self._index = 0
 
     def transfer(self, batch: Any) -> Any:
         """A batch on the device, through all batch hooks of module and data module."""
@@ -82,7 +103,7 @@ class TrainerStep:
         assert isinstance(module, pl.LightningModule)
         module.trainer = self.trainer
         module.log = _log_nothing  # type: ignore[method-assign]
-        arguments = (batch, 0) if self._takes_index else (batch,)
+        arguments = (batch, self._index) if self._takes_index else (batch,)
         loggers = self.trainer.loggers
         self.trainer.loggers = [DummyLogger() for _ in loggers]
         try:
@@ -90,6 +111,10 @@ class TrainerStep:
                 return loss_of(module.training_step(*arguments))
         finally:
             self.trainer.loggers = loggers
+
+    def look(self, turn: int) -> None:
+        """Before each look: let `batch_idx` be even and odd in turn."""
+        self._index = turn
 
     def share(self) -> list[Any]:
         """What a module may refer to, and a copy of it must not copy."""

@@ -9,23 +9,27 @@ import torch
 
 from defend.callbacks._base import DefendCallback
 from defend.callbacks._seams import Seams
-from defend.callbacks._trainer import TrainerStep, loss_of, trainer_facts, without_graph
+from defend.callbacks._trainer import (
+    TrainerStep,
+    loss_of,
+    refuse_steering,
+    trainer_facts,
+    without_graph,
+)
 from defend.errors import InputError, PrivacyError
-from defend.privacy.accounting import History
-from defend.privacy.budget import Budget
 from defend.privacy.clipping import Clipping, FlatClipping
 from defend.privacy.preconditions import Setup, check
 from defend.privacy.schedules import Schedule
-from defend.privacy.selftest import SelfTest
 from defend.training.private import PrivateTraining
 from defend.training.processes import Processes
+from defend.training.readings import Readings
 from defend.training.settings import RELEASES, PrivacySettings
 
 EPSILON = "privacy/epsilon"
 LEDGERS = "privacy_ledgers"
 
 
-class DifferentialPrivacy(DefendCallback):
+class DifferentialPrivacy(Readings, DefendCallback):
     r"""Train with DP-SGD (Abadi et al. 2016, arXiv 1607.00133).
 
     Each step, on a Poisson-sampled batch S (every record joins with probability q):
@@ -140,62 +144,9 @@ class DifferentialPrivacy(DefendCallback):
 
     # --- what a user reads --------------------------------------------------------------------
 
-    @property
-    def epsilon(self) -> float:
-        """ε spent so far at `delta`; 0 before the first step."""
-        return self._budget.epsilon
-
-    @property
-    def delta(self) -> float:
-        """δ."""
-        return self._private.settings.delta
-
-    @property
-    def noise_multiplier(self) -> float | None:
-        """σ, before a schedule; None until it is found at the start of `fit`."""
-        return self._budget.noise_multiplier
-
-    @property
-    def max_grad_norm(self) -> float:
-        """C; where it is learned or scheduled, that of the last step."""
+    def _up_to_date(self) -> PrivateTraining:
         self.collect()
-        return self._private.max_grad_norm
-
-    @property
-    def sample_rate(self) -> float | None:
-        """q, the probability that a record joins a batch; None until the data is known."""
-        return self._budget.sample_rate
-
-    @property
-    def steps(self) -> int:
-        """Steps charged so far, those before a resume included."""
-        return self._budget.steps
-
-    @property
-    def history(self) -> History:
-        """All that was charged: (noise_multiplier, sample_rate, steps) in order."""
-        return self._budget.history
-
-    @property
-    def private(self) -> bool:
-        """Whether `epsilon` means anything: no step used a fixed seed or went without noise."""
-        return self._budget.private
-
-    @property
-    def ledger_path(self) -> Path | None:
-        """The ledger's file; None without one, and before the first fit."""
-        self.collect()
-        return self._private.account.path
-
-    @property
-    def selftest(self) -> SelfTest | None:
-        """What the self-test of the last fit found; None before it, or where it was left out."""
-        return self._private.selftest
-
-    @property
-    def _budget(self) -> Budget:
-        self.collect()
-        return self._private.budget
+        return self._private
 
     def settings(self) -> dict[str, Any]:
         self.collect()
@@ -289,6 +240,7 @@ class DifferentialPrivacy(DefendCallback):
             attack=step.attack_of(Seams.of(trainer)),
             half=step.half,
             share=step.share(),
+            on_look=step.look,
         )
         private.open(
             pl_module,
@@ -360,7 +312,10 @@ class DifferentialPrivacy(DefendCallback):
         """Whether a metric that is logged in training goes on to loggers and callbacks."""
         if name == EPSILON:
             return True
-        self._unnoised.add(name)
+        if name not in self._unnoised:
+            self._unnoised.add(name)
+            if self._trainer is not None and self.release == "tag":
+                refuse_steering(self._trainer, name)
         return self.release == "tag"
 
     def on_train_batch_end(

@@ -5,12 +5,13 @@ respect to the training data set:
 
 - **Unit and adjacency**: add or remove one record, that is one index of the data set. Replacing a
   record is a removal and an addition. Several records of one person are covered as a group only.
+  The number of records N is taken as public: q, the number of steps and σ follow from it.
 - **Mechanism**: each step clips the gradient of each sampled record to L2 norm C, sums, adds
   N(0, (σC)²) noise once to each coordinate, and divides by the expected (not the actual) number
-  of records. One record changes the sum by at most C. Clipping may be flat, per layer (parts of
-  C / √K each, McMahan et al. 2018, arXiv 1710.06963), or to a norm that follows a quantile (Andrew
-  et al. 2021, arXiv 1905.03871), whose count is released with noise of its own and paid for out of
-  the same σ.
+  of records. One record changes the sum by at most C, up to the rounding of floats. Clipping may be
+  flat, per parameter (C / √K each, McMahan et al. 2018, arXiv 1710.06963), or to a norm that
+  follows a quantile (Andrew et al. 2021, arXiv 1905.03871): its count is released with noise of
+  its own, the gradient gets more than σC for it, and both together cost what σ costs.
 - **Sampling**: every record joins every batch independently with probability q (Poisson). An empty
   batch takes its noised step. With several processes there is one mask for all.
 - **Randomness**: masks, noise, random starts of attacks, and the global RNGs that dropout and
@@ -20,7 +21,9 @@ respect to the training data set:
   ledger and the checkpoint know, at the σ and q that each step had, by PRV (Gopi et al. 2021,
   arXiv 2106.02848) or RDP (Mironov et al. 2019, arXiv 1908.10530). A step is written to the ledger
   and flushed before it is taken: a crash may count one too many, never one too few, and a rollback
-  to an older checkpoint refunds nothing.
+  to an older checkpoint refunds nothing. σ, q and the number of steps are fixed by the plan or by a
+  schedule that does not look at the data; to change them at a resume after looking at released
+  weights is adaptive composition, which the sum of all steps at their own σ is not proven for.
 - **Post-processing**: learning rates, momentum, weight decay, averages of weights (EMA) and
   everything else that is computed from released gradients costs nothing (Dwork & Roth 2014,
   Proposition 2.1).
@@ -31,11 +34,12 @@ clip and noise (`step` refuses any other optimizer step); the set-up has none of
 (`preconditions`, one table).
 
 **Covered**: the weights after every step, and whatever is computed from them without the training
-data; σ, q, C and ε themselves; an adaptive C.
+data; C where it is learned; σ, q, steps and ε, given N.
 
 **Not covered**: un-noised quantities that a training step logs (losses, accuracies; named in the
 run and the card, or withheld with release="withhold"); what the self-test reports, and the data
-digest in the ledger, which come from the data without noise: keep them with it. Choices made
+digest in the ledger, which come from the data without noise: keep them with it. That a run was
+refused or stopped with an error, since what is found may depend on a record. Choices made
 by looking at the data before training (hyper-parameters, architecture). Validation data. Branches
 of training that are known neither to the ledger nor to the checkpoint. Floating-point attacks on
 the noise (Mironov 2012), unless `secure_noise=True` makes them costly (Holohan & Braghin 2021,

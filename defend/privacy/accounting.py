@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from defend.errors import InputError
 from defend.privacy.curve import ACCOUNTANTS, bound, check_settings
+from defend.privacy.schedules import factor
 
 __all__ = [
     "ACCOUNTANTS",
@@ -72,7 +73,7 @@ def epsilon(history: Iterable[Segment], delta: float, accountant: str = "prv") -
             memory: σ < 0.4, ε of hundreds, or δ within rounding of 0.
 
     Returns:
-        ε ≥ 0: 0.0 for no steps, inf where a segment has σ = 0.
+        ε ≥ 0: 0.0 for no steps, inf where a segment has σ ≤ 1e-150. σ above 1e9 counts as 1e9.
 
     Raises:
         InputError: if `delta`, `accountant` or a segment is out of range.
@@ -95,23 +96,20 @@ def scheduled(
         noise_multiplier: σ ≥ 0, before the schedule.
         sample_rate: q in [0, 1].
         steps: how many, ≥ 0.
-        schedule: step → factor ≥ 0 on σ; None for 1.
+        schedule: step → finite factor > 0 on σ; None for 1.
         first_step: t of the first step.
 
     Returns:
         Neighbours of equal σ as one segment.
 
     Raises:
-        InputError: if the schedule returns a negative or non-finite factor.
+        InputError: if the schedule gives anything but a finite number > 0.
     """
     if schedule is None:
         return extend((), Segment(noise_multiplier, sample_rate, steps))
     runs: list[Segment] = []
     for t in range(first_step, first_step + steps):
-        factor = float(schedule(t))
-        if not 0 <= factor < math.inf:
-            raise InputError(f"Expected `schedule` to return factors ≥ 0, got {factor} at {t}.")
-        sigma = noise_multiplier * factor
+        sigma = noise_multiplier * factor(schedule, t)
         if runs and runs[-1].noise_multiplier == sigma:
             runs[-1] = runs[-1]._replace(steps=runs[-1].steps + 1)
         else:
@@ -146,8 +144,8 @@ def noise_multiplier_for(
         σ, before the schedule, with epsilon(spent + steps at σ) ≤ target_epsilon.
 
     Raises:
-        InputError: if no σ does: `spent` already used the budget up, or the target lies below
-            what the accountant can certify.
+        InputError: if no σ does: `spent` already used the budget up, the target lies below what
+            the accountant can certify, or the schedule leaves steps with hardly any noise.
     """
     if not target_epsilon > 0:
         raise InputError(f"Expected `target_epsilon` to be > 0, got {target_epsilon}.")
@@ -162,8 +160,8 @@ def noise_multiplier_for(
     sigma = _smallest(lambda s: spends(s, "rdp") - target_epsilon, start=1.0, growth=2.0)
     if accountant != "rdp":
         closer = None
-        if sigma is not None:
-            ratio = spends(0.97 * sigma, "rdp") / spends(sigma, "rdp")
+        if sigma is not None and (spend := spends(sigma, "rdp")) > 0:
+            ratio = spends(0.97 * sigma, "rdp") / spend
             closer = _secant(spends, target_epsilon, sigma, math.log(ratio) / math.log(0.97))
         growth = 2.0 if sigma is None else 1.1
         sigma = closer or _smallest(
@@ -173,8 +171,8 @@ def noise_multiplier_for(
         raise InputError(
             f"Expected a `target_epsilon` that some noise can meet, got {target_epsilon} at "
             f"delta={delta} with ε = {epsilon(spent, delta, accountant):.4g} already spent. "
-            "Raise the target, or train for fewer steps; accountant='prv' certifies smaller "
-            "ε than 'rdp'."
+            "Raise the target, train for fewer steps, or take a schedule that keeps more noise; "
+            "accountant='prv' certifies smaller ε than 'rdp'."
         )
     return sigma
 
@@ -188,7 +186,7 @@ def _secant(
     """
     spend = spends(sigma)
     for _ in range(6):
-        if not (slope < 0 < spend):
+        if not (slope < 0 < spend < math.inf):
             return None
         further = math.log(target / spend) / slope  # what to add to log σ
         if -_PRECISION < further <= 0:

@@ -1,5 +1,6 @@
 """What may be spent and what was: σ for a target, steps for a budget, and the history of all."""
 
+import hashlib
 import math
 import uuid
 import warnings
@@ -63,6 +64,7 @@ class Budget:
         self._taken = 0
         self._curve: EpsilonCurve | None = None
         self._curve_start = 0
+        self._factors: dict[int, float] = {}  # of the schedule, by step
 
     @property
     def history(self) -> History:
@@ -153,6 +155,7 @@ class Budget:
             "accountant": self.accountant,
             "sample_rate": self.sample_rate,
             "steps": remaining + done,
+            "schedule": self._digest_of_schedule(remaining + done),
         }
         if self._plan is not None and self._plan["for"] == plan and self.steps == done:
             # The same plan goes on after a resume, at the noise that was found for all of it.
@@ -187,13 +190,29 @@ class Budget:
     @property
     def next_noise(self) -> float:
         """σ of the next step, after the schedule."""
+        return self._planned_noise(self.next_step)
+
+    def _planned_noise(self, step: int) -> float:
         assert self.noise_multiplier is not None
-        return self.noise_multiplier * factor(self.noise_schedule, self._first + self._taken)
+        schedule = self._schedule
+        return self.noise_multiplier * (1.0 if schedule is None else schedule(step))
 
     @property
     def next_step(self) -> int:
         """Step of the plan that comes next, those before a resume included."""
         return self._first + self._taken
+
+    @property
+    def fit_names(self) -> set[str]:
+        """The names of all fits in the account, the one that is open included."""
+        return {*self._fits, self.fit}
+
+    @property
+    def planned_noise(self) -> set[float]:
+        """Every σ that the rest of the plan uses; of a plan without an end, that of now."""
+        left = min(self._allowed, self._remaining)
+        steps = 1 if math.isinf(left) else int(left)
+        return {self._planned_noise(self._first + i) for i in range(max(steps, 1))}
 
     def check(self) -> None:
         """Raise a `BudgetError` if a further step would exceed the target."""
@@ -205,8 +224,19 @@ class Budget:
                 "target_epsilon."
             )
 
-    def charge(self) -> int:
+    def _digest_of_schedule(self, steps: int) -> str | None:
+        """Tells one schedule from another by what it gives."""
+        schedule = self._schedule
+        if schedule is None:
+            return None
+        factors = ",".join(repr(schedule(step)) for step in range(steps))
+        return hashlib.sha256(factors.encode()).hexdigest()
+
+    def charge(self, noise_multiplier: float | None = None) -> int:
         """Count a step; to be called before it is released. Returns its number in the plan.
+
+        Args:
+            noise_multiplier: σ that the step is taken with; None: what the schedule says.
 
         Raises:
             BudgetError: if the step would exceed the target; it is not counted then.
@@ -214,7 +244,8 @@ class Budget:
         self.check()
         assert self.sample_rate is not None
         number = self.next_step
-        step = Segment(self.next_noise, self.sample_rate, 1)
+        sigma = self.next_noise if noise_multiplier is None else noise_multiplier
+        step = Segment(sigma, self.sample_rate, 1)
         self._fits[self.fit] = accounting.extend(self._fits.get(self.fit, ()), step)
         self._taken += 1
         return number
@@ -241,8 +272,15 @@ class Budget:
 
     @property
     def _schedule(self) -> Schedule | None:
-        schedule = self.noise_schedule
-        return None if schedule is None else lambda step: factor(schedule, step)
+        if self.noise_schedule is None:
+            return None
+
+        def at(step: int) -> float:
+            if step not in self._factors:  # asked once: a function need not answer alike twice
+                self._factors[step] = factor(self.noise_schedule, step)
+            return self._factors[step]
+
+        return at
 
     def state_dict(self) -> dict[str, Any]:
         """The account as plain data; holds no secret."""

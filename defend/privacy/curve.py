@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from defend.errors import InputError
+from defend.errors import InputError, PrivacyError
 from defend.privacy.losses import (
+    MOST_NOISE,
+    NO_NOISE,
     Array,
     epsilon_from_renyi,
     epsilon_from_spectrum,
@@ -69,12 +71,15 @@ def _prv(levels: Sequence[Level], counts: Array, delta: float) -> list[float]:
     unbounded = [math.inf] * len(counts)
     taking_part = [k for k in range(len(levels)) if levels[k][1] > 0 and counts[-1, k] > 0]
     levels, counts = [levels[k] for k in taking_part], counts[:, taking_part]
+    if not levels:
+        return [0.0] * len(counts)
     few = len(levels) <= 4 * _MOST_LEVELS
     if not few or any(sigma < _LEAST_NOISE_FOR_PRV for sigma, _ in levels):
         return unbounded
-    if not levels:
-        return [0.0] * len(counts)
     spread = delta / 1000  # the part of δ that pays for truncation
+    left = delta - spread - 2 * np.finfo(float).eps * counts.sum(1)  # and for rounding of powers
+    if left[0] < delta / 2:  # all rows: δ / 8n, below, might underflow to 0
+        return unbounded
     width, cells, error = _mesh(levels, counts[-1], spread)
     if cells == 0:
         return unbounded
@@ -84,13 +89,15 @@ def _prv(levels: Sequence[Level], counts: Array, delta: float) -> list[float]:
     divergences = np.array([renyi(*level) for level in levels])
     bounds: list[float] = []
     low = -1.0  # ε < 0 is no news
-    for row, product in zip(counts, _products(np.array(spectra), counts, cells), strict=True):
-        left = delta - spread - 2 * np.finfo(float).eps * row.sum()  # rounding of the powers
-        if left < delta / 2:
+    products = _products(np.array(spectra), counts, cells)
+    for row, rest, product in zip(counts, left, products, strict=True):
+        if rest < delta / 2:
             bounds.append(math.inf)
             continue
-        high = epsilon_from_renyi(row @ divergences, left)  # looser
-        low = epsilon_from_spectrum(product, cells, width, row @ shifts, left, low, high)
+        high = epsilon_from_renyi(row @ divergences, rest)  # looser
+        low = epsilon_from_spectrum(product, cells, width, row @ shifts, rest, low, high)
+        if math.isnan(low):
+            raise PrivacyError("Expected a PRV bound, got NaN. Use accountant='rdp'; report this.")
         bounds.append(max(0.0, low + error))
     return bounds
 
@@ -112,9 +119,10 @@ def _levelled(segments: Iterable[tuple[float, float, float]]) -> tuple[list[Leve
     """Distinct (σ, q); the level of each segment; its steps.
 
     More than `_MOST_LEVELS` values of σ are rounded down to the smallest of their bin (bins of
-    equal ratio). Less noise never spends less, so what follows remains an upper bound.
+    equal ratio). Less noise never spends less, so what follows remains an upper bound; and so it
+    does where σ is cut to the range whose squares are floats.
     """
-    segments = list(segments)
+    segments = [(min(s, MOST_NOISE) if s > NO_NOISE else 0.0, q, n) for s, q, n in segments]
     sigmas = sorted({sigma for sigma, _, _ in segments if sigma > 0})
     rounded = {0.0: 0.0, **{sigma: sigma for sigma in sigmas}}
     if len(sigmas) > _MOST_LEVELS:
@@ -210,7 +218,9 @@ class EpsilonCurve:
             return self._before
         counts = self._counts_at(n)
         taken = counts > 0
-        rdp = epsilon_from_renyi(counts[taken] @ self._divergences[taken], self._delta)
+        with np.errstate(over="ignore"):  # inf, which is the answer then
+            divergences = counts[taken] @ self._divergences[taken]
+        rdp = epsilon_from_renyi(divergences, self._delta)
         return max(self._before, min(self._above[bisect_left(self._at, n)], rdp))
 
     def _counts_at(self, n: float) -> Array:

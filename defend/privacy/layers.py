@@ -126,7 +126,9 @@ def gradients_of(
         if has_formula(module) and len(args) == 1 and not kwargs and _fits(args[0], gradient):
             with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
                 formula = GradSampleHooks.GRAD_SAMPLERS[type(module)]
-                found: Gradients = formula(module, list(args), gradient)
+                # Opacus' formulas for convolutions assume contiguous tensors.
+                inputs = [args[0].contiguous()]
+                found: Gradients = formula(module, inputs, gradient.contiguous())
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 found[module.weight][:, module.padding_idx] = 0  # as autograd does
             return found

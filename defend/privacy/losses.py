@@ -4,8 +4,11 @@ One step with noise σ and rate q has the privacy loss
 
     t(x) = log(1 − q + q·exp((2x − 1) / 2σ²)),    x ~ (1 − q)·N(0, σ²) + q·N(1, σ²),
 
-that of removing a record, which for this mechanism is the larger one: the tests compare with an
-accountant that takes the larger of both directions. It is held in two forms, and each gives an ε:
+that of removing a record. For RDP, and so for its composition, this is proven to be the larger of
+both directions (Mironov et al. 2019), and so it is for one step at every ε ≥ 0. For PRV under
+composition it is taken as in Opacus and in Gopi et al. 2021, without a proof of our own: the tests
+compare with an accountant that takes the larger of both. The loss is held in two forms, and each
+gives an ε:
 
 - RDP (Mironov et al. 2019, arXiv 1908.10530): log E[exp((α − 1)·t)] for some orders α.
 - PRV (Gopi et al. 2021, arXiv 2106.02848): its law on a mesh, as a Fourier transform.
@@ -21,23 +24,30 @@ from typing import Any
 
 import numpy as np
 
+from defend.errors import PrivacyError
+
 Array = np.ndarray[Any, Any]
 
 # Those of Opacus, so that its "rdp" gives the same numbers.
 ORDERS = np.array([1 + i / 10 for i in range(1, 100)] + list(range(12, 64)))
+NO_NOISE = 1e-150  # at and below it σ² is lost among the smallest floats: ε = ∞
+MOST_NOISE = 1e9  # more is counted as this: σ² would overflow one day, and nothing is gained
 _LEAST_NOISE_FOR_QUADRATURE = 0.1
+_LEAST_NOISE_FOR_SAMPLING = 0.01  # ε is in the thousands: sampling no longer helps
 
 
 def _loss(x: Array, sigma: float, rate: float) -> Array:
     """t(x), exact also where q is small or exp would overflow."""
     z = (2 * x - 1) / (2 * sigma**2)
-    small = np.log1p(rate * np.expm1(np.minimum(z, 30.0))) if rate < 1 else z
-    return np.where(z < 30, small, z + math.log(rate) + np.log1p((1 - rate) / rate * np.exp(-z)))
+    if rate == 1:
+        return z
+    small = np.log1p(rate * np.expm1(np.minimum(z, 30.0)))
+    return np.where(z < 30, small, np.logaddexp(z + math.log(rate), math.log1p(-rate)))
 
 
 def _inverse_loss(t: Array, sigma: float, rate: float) -> Array:
     """x(t); −∞ at and below log(1 − q), where there is no mass."""
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         z = np.log1p(np.expm1(np.minimum(t, 30.0)) / rate)
     z[np.isnan(z)] = -np.inf
     far = t > 30
@@ -53,24 +63,29 @@ def renyi(sigma: float, rate: float) -> Array:
     """The Rényi divergence D(α) = log E[exp((α − 1)·t)] / (α − 1) at each of `ORDERS`.
 
     As (α − 1)·D(α) is convex in α and 0 at 1, a straight line between integers bounds it from
-    above: used for tiny σ, where the mesh of the fractional orders would have to be too fine.
+    above: used for tiny σ, where the mesh of the fractional orders would have to be too fine. So
+    does α / (2σ²), the divergence of q = 1: the only one for σ < 0.01, whose square underflows
+    later. Both fall as σ grows, and so does what is returned.
 
     Args:
         sigma: noise multiplier σ ≥ 0.
         rate: sample rate q in [0, 1].
 
     Returns:
-        One divergence ≥ 0 an order; 0 where q = 0, inf where σ = 0.
+        One divergence ≥ 0 an order; 0 where q = 0, inf where σ ≤ 1e-150. σ above 1e9 counts as
+        1e9.
     """
-    if rate == 0 or sigma == 0:
+    if rate == 0 or sigma <= NO_NOISE:
         return np.full(len(ORDERS), 0.0 if rate == 0 else np.inf)
-    if rate == 1:
-        return ORDERS / (2 * sigma**2)
+    sigma = min(sigma, MOST_NOISE)
+    unsampled = ORDERS / (2 * sigma**2)
+    if rate == 1 or sigma < _LEAST_NOISE_FOR_SAMPLING:
+        return unsampled
     result = np.interp(ORDERS, np.arange(1, 64), _log_moments_of_integers(sigma, rate))
     if sigma >= _LEAST_NOISE_FOR_QUADRATURE:
         fractional = ORDERS % 1 != 0
         result[fractional] = _log_moments(ORDERS[fractional], sigma, rate)
-    return result / (ORDERS - 1)
+    return np.minimum(result / (ORDERS - 1), unsampled)
 
 
 def _log_moments_of_integers(sigma: float, rate: float) -> Array:
@@ -117,10 +132,19 @@ def epsilon_from_renyi(divergences: Array, delta: float) -> float:
     Returns:
         ε ≥ 0, inf where all divergences are.
 
+    Raises:
+        PrivacyError: if a divergence is NaN.
+
     Source: Balle et al. 2020, arXiv 1905.09982, Thm. 21.
     """
     slack = np.log1p(-1 / ORDERS) - (math.log(delta) + np.log(ORDERS)) / (ORDERS - 1)
-    return max(0.0, float((divergences + slack).min()))
+    least = float((divergences + slack).min())
+    if math.isnan(least):  # max(0.0, NaN) is 0.0
+        raise PrivacyError(
+            "Expected Rényi divergences that are numbers, got NaN, which bounds no ε. Check σ and q"
+            " of the history, and report them."
+        )
+    return max(0.0, least)
 
 
 # --- the law on a mesh --------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
 from defend.errors import PrivacyError
@@ -33,8 +34,16 @@ def copy_for_probe(module: nn.Module, share: Sequence[Any] = ()) -> nn.Module:
             owner = getattr(hook, "__self__", None)
             if hasattr(owner, "hooks_enabled"):
                 shared.append(owner)
+    memo: dict[int, Any] = {id(value): value for value in shared}
+    for m in modules:
+        for leaf in tree_leaves(vars(m)):  # an output that was kept: its graph cannot be copied
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                memo[id(leaf)] = leaf.detach().clone()
+        for value in vars(m).values():  # data modules and the like lead to the whole trainer
+            if not isinstance(value, nn.Module) and hasattr(value, "trainer"):
+                memo[id(value)] = value
     try:
-        return copy.deepcopy(module, {id(value): value for value in shared})
+        return copy.deepcopy(module, memo)
     except Exception as error:
         raise PrivacyError(
             "Expected a module that can be copied for the self-test, got "

@@ -1,10 +1,14 @@
 """Poisson batches: each record joins each batch on its own, with probability q."""
 
 import math
+import random
+import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch.utils.data import DataLoader, Sampler
 
 from defend.errors import PrivacyError
@@ -111,10 +115,39 @@ class PoissonBatchSampler(Sampler[list[int]]):
         return (draws < self.sample_rate).nonzero().flatten().tolist()
 
 
+class SecretWorker:
+    """A `worker_init_fn`: the user's own, and then secret seeds for the worker's global RNGs.
+
+    A seed that is known gives augmentations that are known, and leaving one record out would then
+    change those of all records after it in its batch, by a known amount (see
+    `defend.privacy.randomness.make_global_rng_secret`). In a worker only the CPU's RNGs are
+    seeded: a forked process must not touch CUDA.
+
+    *Guarantee.* Each worker starts with OS entropy of its own in torch's, numpy's and Python's
+    global RNGs. Generators that the data set keeps for itself are out of its reach.
+
+    Args:
+        users: the user's `worker_init_fn`, run first, or None. May be pickled if that may.
+    """
+
+    def __init__(self, users: Callable[[int], Any] | None = None) -> None:
+        self.users = users
+
+    def __call__(self, worker: int) -> None:
+        if self.users is not None:
+            self.users(worker)
+        # From a root of its own: that of the run stays in the main process.
+        torch.set_rng_state(Randomness().generator("sampling", 0).get_state())
+        np.random.seed(np.random.SeedSequence().generate_state(8, np.uint32))  # noqa: NPY002
+        random.seed(secrets.randbits(256))
+
+
 def poisson_loader(loader: DataLoader, sampler: PoissonBatchSampler) -> DataLoader:
     """The user's loader with its batches drawn by `sampler`; everything else as it was.
 
     But for its `generator`: what it would seed are the workers' augmentations, by a known number.
+    For the same reason its workers end with secret seeds (`SecretWorker`), unless the run has an
+    `insecure_seed` and is to repeat exactly.
     """
     settings: dict[str, Any] = {
         name: getattr(loader, name)
@@ -129,4 +162,7 @@ def poisson_loader(loader: DataLoader, sampler: PoissonBatchSampler) -> DataLoad
             "persistent_workers",
         )
     }
+    known = sampler.randomness is not None and not sampler.randomness.private
+    if loader.num_workers > 0 and not known:
+        settings["worker_init_fn"] = SecretWorker(loader.worker_init_fn)
     return DataLoader(loader.dataset, batch_sampler=sampler, **settings)

@@ -13,8 +13,10 @@ So the step is tried, on a copy of the module and a few records:
    step moves no weights, and no buffer takes up what the records hold.
 """
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +39,10 @@ from defend.privacy.probe import (
 from defend.privacy.still import StillRandomness, seeded
 
 RECORDS = 7  # six in the batch, one to take another's place
-_ALONE = 2  # records whose gradient is computed alone
+
+# Random numbers at several places of their range, and seeds whose first numbers (numpy's and
+# Python's) lie there too: what is done with a chance of 2% or 98% is met as well.
+_LOOKS = ((0.37, 35), (0.01, 1751), (0.99, 1470))
 
 # Structure breaks a gradient by its own size; rounding stays far below these.
 _SLACK = {torch.float64: 1e-4, torch.float32: 1e-2}
@@ -86,7 +91,8 @@ def selftest(
     attack: Attack | None = None,
     max_grad_norm: float = 1.0,
     half: bool = False,
-    quick: bool = False,
+    rows: int | None = None,
+    turn: int = 0,
     share: Sequence[Any] = (),
 ) -> SelfTest:
     """Try the step on a copy of `module` and report whatever breaks the guarantee.
@@ -101,7 +107,10 @@ def selftest(
         max_grad_norm: C.
         half: whether the step computes in half precision (autocast), which rounds more.
         share: objects that the module may refer to and that are not to be copied with it.
-        quick: only the first of the four, on one record alone: for another look later on.
+        rows: rows of an ordinary batch; the records are repeated up to it in one more comparison
+            with a record alone, since a step may do with many rows what it cannot do with six.
+        turn: 0 for the whole test; 1, 2, … for another look later on: the first part alone, under
+            other random numbers each time.
 
     Returns:
         The findings; `require()` raises if there are any.
@@ -117,7 +126,7 @@ def selftest(
         copy_for_probe(module, share), list(records), loss, collate, attack, max_grad_norm, half
     )
     with seeded(0, probe.devices):
-        findings, largest = probe.run(quick)
+        findings, largest = probe.run(rows) if turn == 0 else (probe.look_again(turn), 0.0)
     return SelfTest(tuple(findings), largest, time.perf_counter() - start)
 
 
@@ -135,37 +144,46 @@ class _Probe:
         self.module, self.loss, self.collate, self.attack = module, loss, collate, attack
         *self.records, self.spare = records
         self.max_grad_norm, self.half = max_grad_norm, half
+        self.findings: list[str] = []
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.devices = sorted({p.device for p in module.parameters()}, key=str)
         self.before, self.generators = state_of(module), generators_of(module)
 
-    def run(self, quick: bool) -> tuple[list[str], float]:
+    def run(self, rows: int | None) -> tuple[list[str], float]:
+        """The whole test: findings, and how far one record moved the clipped sum."""
+        with self._watched() as per_record:
+            for turn, (part, seed) in enumerate(_LOOKS):
+                self._alone(per_record, turn, part, seed)
+            if rows is not None and rows > len(self.records):
+                self._alone(per_record, 0, *_LOOKS[0], rows=rows)
+            largest = self._leave_one_out(per_record)
+            self._replace_one(per_record)
+            return self.findings, largest
+        return self.findings, 0.0
+
+    def look_again(self, turn: int) -> list[str]:
+        """The first part, at other random numbers and with another record in front each turn."""
+        with self._watched() as per_record:
+            self._alone(per_record, turn, (0.37 + 0.618 * turn) % 1, turn)
+        return self.findings
+
+    @contextmanager
+    def _watched(self) -> Iterator[PerRecordGradients]:
+        """Hooks on the copy; the first finding ends the block."""
         per_record = PerRecordGradients(self.module, loss_reduction="sum")
-        findings: list[str] = []
-        largest = 0.0
         try:
-            with StillRandomness():
-                together = self._gradients(per_record, self.records)
-                findings += self._alone(per_record, together, 1 if quick else _ALONE)
-                if not (findings or quick):
-                    largest = self._leave_one_out(per_record, together)
-                    findings += self._judge_move(largest)
-            if not (findings or quick):
-                findings += self._replace_one(per_record)
-        except PrivacyError as error:  # what reading the gradients found by itself
-            findings.append(str(error))
+            yield per_record
+        except PrivacyError as error:  # ours, or what reading the gradients found by itself
+            self.findings.append(str(error))
         finally:
             per_record.remove()
-        return findings, largest
 
     def _gradients(
-        self, per_record: PerRecordGradients, records: list[Any], *, attacked: bool = False
+        self, per_record: PerRecordGradients, records: list[Any], seed: int
     ) -> list[Tensor]:
         """Gradients `[rows, *shape]` of one batch, from the state that the copy started in."""
-        batch = self.collate(list(records))
-        if attacked:
-            batch = self._attacked(per_record, batch)
-        return self._step(per_record, batch, len(records))
+        with seeded(seed, self.devices):
+            return self._step(per_record, self.collate(list(records)), len(records))
 
     def _attacked(self, per_record: PerRecordGradients, batch: Any) -> Any:
         """The adversarial batch.
@@ -199,32 +217,44 @@ class _Probe:
     # --- 1: alone or together ---------------------------------------------------------------------
 
     def _alone(
-        self, per_record: PerRecordGradients, together: list[Tensor], count: int
-    ) -> list[str]:
-        for i in range(min(count, len(self.records))):
+        self,
+        per_record: PerRecordGradients,
+        turn: int,
+        part: float,
+        seed: int,
+        rows: int | None = None,
+    ) -> None:
+        """The first row of a batch, against its record in a batch of its own."""
+        first = turn % len(self.records)
+        records = self.records[first:] + self.records[:first]
+        if rows is not None:
+            records = list(itertools.islice(itertools.cycle(records), rows))
+        with StillRandomness(part):
+            together = [g[0] for g in self._gradients(per_record, records, seed)]
+            after = state_of(self.module)
             try:
-                alone = self._autograd(per_record, self.records[i])
+                alone = self._autograd(per_record, records[0], seed)
             except Exception as error:
-                return [
+                raise PrivacyError(
                     "Expected a step that works on one record, as it does on several, got "
                     f"{type(error).__name__}: {error} Poisson batches have any size; keep the "
                     "batch dimension (no squeeze()), and use no statistics of the batch."
-                ]
-            worst = self._difference([g[i] for g in together], alone)
-            if worst is not None:
-                return [
-                    "Expected each record's gradient to be the same alone and in a batch, got one "
-                    f"that differs by {worst[1]:.0%} at `{worst[0]}`. The forward or the loss "
-                    "mixes records (batch statistics, mixup, a loss weighted or normalized over "
-                    "the batch, padding that is not masked), or the loss is not the plain mean "
-                    "over rows. Compute each row from its own record, and take the mean."
-                ]
-        return []
+                ) from error
+        worst = self._difference(together, alone)
+        if worst is not None:
+            raise PrivacyError(
+                "Expected each record's gradient to be the same alone and in a batch, got one "
+                f"that differs by {worst[1]:.0%} at `{worst[0]}`. The forward or the loss "
+                "mixes records (batch statistics, mixup, a loss weighted or normalized over "
+                "the batch, padding that is not masked), or the loss is not the plain mean "
+                "over rows. Compute each row from its own record, and take the mean."
+            )
+        self._judge_state(after, state_of(self.module))
 
-    def _autograd(self, per_record: PerRecordGradients, record: Any) -> list[Tensor]:
+    def _autograd(self, per_record: PerRecordGradients, record: Any, seed: int) -> list[Tensor]:
         """The gradient of one record in a batch of its own, without hooks."""
         restore(self.module, self.before, self.generators)
-        with per_record.paused(), torch.enable_grad():
+        with seeded(seed, self.devices), per_record.paused(), torch.enable_grad():
             # Not `autograd.grad`: reentrant checkpoints forbid it.
             self.loss(self.module, self.collate([record])).backward()
         return [
@@ -234,28 +264,27 @@ class _Probe:
 
     # --- 2: leave one out -------------------------------------------------------------------------
 
-    def _leave_one_out(self, per_record: PerRecordGradients, together: list[Tensor]) -> float:
+    def _leave_one_out(self, per_record: PerRecordGradients) -> float:
         """‖sum over all − sum without the first record‖ / C."""
-        if self.attack is not None:
-            together = self._gradients(per_record, self.records, attacked=True)
-        without = self._gradients(per_record, self.records[1:], attacked=True)
-        sums = [clip_and_sum(g, self.max_grad_norm) for g in (together, without)]
-        moves = [(a - b).norm() for a, b in zip(*sums, strict=True)]
-        return float(torch.stack([m.float() for m in moves]).norm()) / self.max_grad_norm
-
-    def _judge_move(self, largest: float) -> list[str]:
-        slack = _MOVE_SLACK if self.attack is None else _MOVE_SLACK_ATTACKED
-        if largest <= 1 + slack:
-            return []
-        return [
-            f"Expected the clipped sum to move by at most C without one record, got {largest:.2f} "
-            "C: other records' gradients change with it, or it is counted more than once."
-        ]
+        sums = []
+        for records in (self.records, self.records[1:]):
+            with StillRandomness(), seeded(0, self.devices):
+                batch = self._attacked(per_record, self.collate(list(records)))
+                gradients = self._step(per_record, batch, len(records))
+            sums.append(clip_and_sum(gradients, self.max_grad_norm))
+        moves = torch.stack([(a - b).float().norm() for a, b in zip(*sums, strict=True)])
+        largest = float(moves.norm()) / self.max_grad_norm
+        if largest > 1 + (_MOVE_SLACK if self.attack is None else _MOVE_SLACK_ATTACKED):
+            raise PrivacyError(
+                "Expected the clipped sum to move by at most C without one record, got "
+                f"{largest:.2f} C: other records' gradients change with it, or it is counted more "
+                "than once."
+            )
+        return largest
 
     # --- 3 and 4: replace one, no trace -----------------------------------------------------------
 
-    def _replace_one(self, per_record: PerRecordGradients) -> list[str]:
-        findings = []
+    def _replace_one(self, per_record: PerRecordGradients) -> None:
         outcomes = []
         for first in (self.records[0], self.spare):
             records = [first, *self.records[1:]]
@@ -263,12 +292,11 @@ class _Probe:
                 batch = self._attacked(per_record, self.collate(list(records)))
             with seeded(2, self.devices):
                 gradients = self._step(per_record, batch, len(records))
-            after = state_of(self.module)
-            outcomes.append((batch, gradients, after))
+            outcomes.append((batch, gradients, state_of(self.module)))
         (batch, gradients, after), (other_batch, other_gradients, other_after) = outcomes
-        findings += self._judge_state(after, other_after)
+        self._judge_state(after, other_after)
         if self.attack is not None and rows_differ(batch, other_batch, len(self.records)):
-            findings.append(
+            raise PrivacyError(
                 "Expected the adversarial version of a record to depend on that record alone, got "
                 "one that moves with another record of the batch. Attack each record by its own "
                 "gradient, in eval mode, without statistics or stopping rules of the batch."
@@ -276,12 +304,28 @@ class _Probe:
         rest = ([g[1:] for g in gradients], [g[1:] for g in other_gradients])
         worst = self._difference(*rest)
         if worst is not None:
-            findings.append(
+            raise PrivacyError(
                 "Expected the gradients of other records to stay when one record is replaced, got "
                 f"a change of {worst[1]:.0%} at `{worst[0]}`. Something mixes records: mixup, a "
                 "second forward with shuffled rows, statistics or label counts of the batch."
             )
-        return findings
+        self._secret(per_record, gradients)
+
+    def _secret(self, per_record: PerRecordGradients, before: list[Tensor]) -> None:
+        """Random numbers of the step come from where a fit keeps them secret."""
+        with seeded(3, self.devices):
+            other_seed = self._gradients(per_record, self.records, 4)
+        with StillRandomness():
+            still = self._gradients(per_record, self.records, 4)
+        rest = [[g[1:] for g in gradients] for gradients in (before, other_seed, still)]
+        draws = self.attack is None and self._difference(rest[1], rest[2]) is not None
+        if draws and self._difference(rest[0], rest[1]) is None:
+            raise PrivacyError(
+                "Expected random numbers from the global generators, which are secret in a "
+                "private fit, got a step that draws the same ones whatever they are seeded "
+                "with: a generator of its own, or manual_seed in the step. Leaving one record "
+                "out would change those of all others by a known amount. Drop the generator."
+            )
 
     def _difference(self, found: list[Tensor], expected: list[Tensor]) -> tuple[str, float] | None:
         """Where two gradients differ most, relative to the whole of it; None if by rounding."""
@@ -295,19 +339,18 @@ class _Probe:
         name, worst = max(zip(self.parameters, parts, strict=True), key=lambda pair: float(pair[1]))
         return name, float(worst / whole.clamp_min(1e-12))
 
-    def _judge_state(self, after: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    def _judge_state(self, after: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         parameters = dict(self.module.named_parameters())
         moved = [n for n in parameters if not same(self.before[n], after[n])]
         if moved:
-            return [
+            raise PrivacyError(
                 f"Expected the step to leave the weights alone, got `{moved[0]}` changed in "
                 "`training_step` or forward, without noise. Leave updates to the optimizer."
-            ]
+            )
         filled = [n for n in after if n not in parameters and not same(after[n], other[n])]
         if filled:
-            return [
+            raise PrivacyError(
                 f"Expected buffers that do not depend on the data, got `{filled[0]}`, which the "
                 "step fills from the records; it is published without noise. Remove it, or "
                 "compute it on public data before training."
-            ]
-        return []
+            )

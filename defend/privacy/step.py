@@ -79,10 +79,14 @@ class PrivateStep:
         self._count: Tensor | None = None
         self._expected: tuple[int, int] | None = None
         self._released = False
+        self._stepping = False  # between the start of a step on a release and its end
         self._module = module
         self._batch_norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
         self._optimizer = optimizer
         self._per_record = PerRecordGradients(module, loss_reduction=loss_reduction)
+        for p in module.parameters():
+            if not p.requires_grad:
+                p.grad = None  # of an earlier, public training
         self._weights = _fingerprint(self.parameters)
         self._hooks: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._refuse_unreleased),
@@ -110,6 +114,7 @@ class PrivateStep:
         self._per_record.clear()
         self._expected = None
         self._count = None
+        self._stepping = False
         self._refuse_moved_weights("between a step and the next batch")
 
     def expect(self, rows: int, records: int) -> None:
@@ -240,6 +245,7 @@ class PrivateStep:
 
     def _note_weights(self, *_: Any) -> None:
         """Optimizer post-hook: what a released gradient made of the weights."""
+        self._stepping = False
         self._weights = _fingerprint(self.parameters)
 
     def _refuse_moved_weights(self, when: str) -> None:
@@ -253,8 +259,8 @@ class PrivateStep:
 
     def _refuse_late(self, parameter: Tensor) -> None:
         """Hook on each accumulated gradient: none may be added to a released one."""
-        if self._released:
-            self._released = False  # whoever swallows the error gets no step either
+        if self._released or self._stepping:
+            self._released = self._stepping = False  # whoever swallows this gets no step either
             self._per_record.clear()
             raise PrivacyError(
                 "Expected no backward between the release of a gradient and its step, got one: it "
@@ -290,6 +296,8 @@ class PrivateStep:
             )
 
     def _use_release(self) -> None:
+        if self._stepping:  # torch hooks a subclass's step, and the base's that it calls
+            return
         self._refuse_strays()
         if not self._released:
             self._per_record.clear()
@@ -297,7 +305,7 @@ class PrivateStep:
                 "Expected one noised gradient for each optimizer step, got a step on gradients "
                 "without noise. Let the training loop take the steps: one batch, one step."
             )
-        self._released = False
+        self._released, self._stepping = False, True
 
 
 def _fingerprint(parameters: Sequence[Tensor]) -> Tensor:

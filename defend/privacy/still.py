@@ -10,17 +10,23 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_PART = 0.37  # of the way through a range: neither end, nor the middle
-
 
 class StillRandomness(TorchDispatchMode):
     """Inside, each random tensor is filled with one constant.
 
     A dropout mask is drawn by position, so a record alone and the same record in a batch get
     different ones, though nothing is wrong. With constants both get the same, whatever the shape
-    and the layout: dropout keeps everything, uniforms are 0.37 of the way, normals 0.37 deviations
-    off. `randperm` and `multinomial` stay as they are: what they shuffle is what is looked for.
+    and the layout: dropout keeps everything, uniforms stand at `part` of their range, normals that
+    many deviations off. `randperm` and `multinomial` stay as they are: what they shuffle is what is
+    looked for.
+
+    Args:
+        part: in (0, 1). Try several: code may do one thing below a threshold and another above.
     """
+
+    def __init__(self, part: float = 0.37) -> None:
+        super().__init__()
+        self.part = part
 
     def __torch_dispatch__(
         self,
@@ -46,29 +52,37 @@ class StillRandomness(TorchDispatchMode):
         constant = _CONSTANTS.get(name)
         if constant is not None:
             settings = {a.name: v for a, v in zip(schema.arguments, args, strict=False)}
-            result.fill_(constant({**settings, **kwargs}))
+            result.fill_(constant({**settings, **kwargs}, self.part))
         return result
 
 
-def _uniform(settings: Mapping[str, Any]) -> float:
+def _uniform(settings: Mapping[str, Any], part: float) -> float:
     low, high = settings.get("from", 0.0), settings.get("to", 1.0)
-    return low + _PART * (high - low)
+    return low + part * (high - low)
 
 
-def _normal(settings: Mapping[str, Any]) -> float | Tensor:
+def _normal(settings: Mapping[str, Any], part: float) -> float | Tensor:
     mean, std = settings.get("mean", 0.0), settings.get("std", 1.0)
     if isinstance(mean, Tensor) or isinstance(std, Tensor):
-        return _PART
-    return mean + _PART * std
+        return part
+    return mean + part * std
 
 
-def _integer(settings: Mapping[str, Any]) -> int:
+def _integer(settings: Mapping[str, Any], part: float) -> int:
     low = settings.get("low", settings.get("from", 0)) or 0
     high = settings.get("high", settings.get("to", 2)) or 2
-    return int(low + _PART * (high - low))
+    return int(low + part * (high - low))
 
 
-_CONSTANTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+def _one(settings: Mapping[str, Any], part: float) -> float:  # noqa: ARG001
+    return 1.0
+
+
+def _part(settings: Mapping[str, Any], part: float) -> float:  # noqa: ARG001
+    return part
+
+
+_CONSTANTS: dict[str, Callable[[Mapping[str, Any], float], Any]] = {
     "rand": _uniform,
     "rand_like": _uniform,
     "uniform_": _uniform,
@@ -79,12 +93,16 @@ _CONSTANTS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "randint": _integer,
     "randint_like": _integer,
     "random_": _integer,
-    "bernoulli": lambda _: 1.0,
-    "bernoulli_": lambda _: 1.0,
-    "exponential_": lambda _: 1.0,
-    "geometric_": lambda _: 1.0,
-    "log_normal_": lambda _: 1.0,
-    "cauchy_": lambda _: 1.0,
+    "bernoulli": _one,
+    "bernoulli_": _one,
+    "exponential_": _one,
+    "geometric_": _one,
+    "log_normal_": _one,
+    "cauchy_": _one,
+    "_standard_gamma": _one,
+    "_sample_dirichlet": _part,
+    "poisson": _one,
+    "binomial": _one,
 }
 
 

@@ -98,7 +98,7 @@ class Account:
                 max_grad_norm=max_grad_norm,
             )
             self._anchor = self._ledger.anchor
-        return self.budget.charge()
+        return self.budget.charge(noise_multiplier)
 
     def close(self) -> None:
         """Close the ledger's file; safe to call twice."""

@@ -14,13 +14,12 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 
 from defend.errors import InputError, PrivacyError
-from defend.privacy.accounting import History
 from defend.privacy.clipping import Clipping, FlatClipping
 from defend.privacy.preconditions import Setup, check
 from defend.privacy.schedules import Schedule
-from defend.privacy.selftest import SelfTest
 from defend.training.private import PrivateTraining
 from defend.training.processes import Processes
+from defend.training.readings import Readings
 from defend.training.settings import PrivacySettings
 
 LEDGERS = Path("privacy_ledgers")
@@ -28,7 +27,7 @@ LEDGERS = Path("privacy_ledgers")
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-class PrivateLoop:
+class PrivateLoop(Readings):
     """A private training in a loop of your own; made by `make_private`.
 
     Attributes:
@@ -124,6 +123,9 @@ class PrivateLoop:
         self._taken += 1
         return losses[0]
 
+    def _up_to_date(self) -> PrivateTraining:
+        return self._private
+
     def attack_generator(self) -> torch.Generator:
         """Secret numbers for an attack's random starts in the current step.
 
@@ -132,54 +134,9 @@ class PrivateLoop:
         return self._private.attack_generator(self._device)
 
     @property
-    def epsilon(self) -> float:
-        """ε spent so far."""
-        return self._private.budget.epsilon
-
-    @property
-    def noise_multiplier(self) -> float | None:
-        """σ, before a schedule."""
-        return self._private.budget.noise_multiplier
-
-    @property
-    def max_grad_norm(self) -> float:
-        """C; where it is learned or scheduled, that of the last step."""
-        return self._private.max_grad_norm
-
-    @property
-    def sample_rate(self) -> float | None:
-        """q, the probability that a record joins a batch."""
-        return self._private.budget.sample_rate
-
-    @property
-    def steps(self) -> int:
-        """Steps charged so far."""
-        return self._private.budget.steps
-
-    @property
-    def history(self) -> History:
-        """All that was charged: (noise_multiplier, sample_rate, steps) in order."""
-        return self._private.budget.history
-
-    @property
-    def private(self) -> bool:
-        """Whether `epsilon` means anything: no step used a fixed seed or went without noise."""
-        return self._private.budget.private
-
-    @property
     def exhausted(self) -> bool:
         """Whether the planned steps are taken, or no further one fits into `target_epsilon`."""
         return self._taken >= self._planned or self._private.budget.exhausted
-
-    @property
-    def selftest(self) -> SelfTest | None:
-        """What the self-test found."""
-        return self._private.selftest
-
-    @property
-    def ledger_path(self) -> Path | None:
-        """The ledger's file; None without one."""
-        return self._private.account.path
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know; save it beside the weights. Holds no secret."""

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from defend.batching.chunks import count_rows, even_bounds, slice_rows
 from defend.batching.memory import rows_that_fit
 from defend.errors import PrivacyError
 from defend.privacy.budget import Budget
+from defend.privacy.clipping import AdaptiveClipping
 from defend.privacy.fingerprint import data_digest
 from defend.privacy.preconditions import Setup, check
 from defend.privacy.randomness import Randomness, make_global_rng_secret
@@ -33,6 +35,13 @@ SAMPLING = "Poisson"
 
 # Per-record gradients take rows × parameters of memory. This many rows fit small machines.
 _CHUNK_ON_CPU = 256
+_MOST_ROWS = 64  # of the self-test's largest batch
+
+
+# Models that were trained privately in this process: their fits, data, and ε.
+_TRAINED: MutableMapping[nn.Module, tuple[set[str], str, Callable[[], float]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class PrivateTraining:
@@ -85,7 +94,6 @@ class PrivateTraining:
         else:
             root = processes.broadcast(Randomness().root)
             self._randomness = Randomness(root=root, secure=settings.secure_noise)
-            self._restore_global_rng = make_global_rng_secret()
 
     def replace_loader(self, loader: Any) -> DataLoader:
         """The user's training loader, with Poisson-sampled batches."""
@@ -139,16 +147,24 @@ class PrivateTraining:
             ddp: the DistributedDataParallel around the model, if there is one.
         """
         sampler = self._known(self.sampler)
+        expected = sampler.sample_rate * sampler.size
         try:
+            # Not earlier: a split of the data that is drawn from `seed_everything` has to be the
+            # same on all ranks, and the same again in the next run.
+            if self.settings.insecure_seed is None:
+                self._restore_global_rng = make_global_rng_secret()
+            digest = self._data_digest()
             self.account.open(
                 self.processes, sample_rate=sampler.sample_rate, planned=planned, done=done
             )
+            self._refuse_a_second_account(module, digest)
+            self._check_count_noise(expected)
             self._step = PrivateStep(
                 module,
                 optimizer,
                 noise_multiplier=self.budget.next_noise,
                 max_grad_norm=self.max_grad_norm,
-                expected_batch_size=sampler.sample_rate * sampler.size,
+                expected_batch_size=expected,
                 randomness=self._known(self._randomness),
                 charge=self.account.charge,
                 clipping=self.settings.clipping,
@@ -160,7 +176,8 @@ class PrivateTraining:
                 self.processes,
                 max_grad_norm=self.max_grad_norm,
                 records=sampler.size,
-                data_digest=data_digest(self._known(self._loader).dataset),
+                clipping=repr(self.settings.clipping),
+                data_digest=digest,
                 sampling=SAMPLING,
                 adjacency=ADJACENCY,
             )
@@ -174,6 +191,38 @@ class PrivateTraining:
             ddp.require_backward_grad_sync = False
             ddp.require_forward_param_sync = False
 
+    def _data_digest(self) -> str:
+        """The digest of the data, which must be the same on all ranks."""
+        digest = data_digest(self._known(self._loader).dataset)
+        if not self.processes.agree(digest):
+            raise PrivacyError(
+                "Expected the same data set in the same order on every process, got different "
+                "ones: a record could join one batch twice. Split and shuffle with a fixed seed "
+                "(a generator of its own, or seed_everything)."
+            )
+        return digest
+
+    def _refuse_a_second_account(self, module: nn.Module, digest: str) -> None:
+        """A model that goes on training on the same data has to go on with its account."""
+        earlier = _TRAINED.get(module)
+        if earlier is not None and digest.startswith("sha256:"):
+            fits, data, epsilon = earlier
+            if data == digest and not fits <= self.budget.fit_names:
+                raise PrivacyError(
+                    f"Expected the account of this model to go on (ε = {epsilon():.4g} on the same "
+                    "data so far), got a new one that starts at 0. Go on with the same callback, "
+                    "pass that run's state, or give both the same `ledger`."
+                )
+        budget = self.budget
+        _TRAINED[module] = (budget.fit_names, digest, lambda: budget.epsilon)
+
+    def _check_count_noise(self, expected: float) -> None:
+        """Now, not in the middle of a training, where a step is charged already."""
+        clipping = self.settings.clipping
+        if isinstance(clipping, AdaptiveClipping):
+            for sigma in self.budget.planned_noise:
+                clipping.gradient_multiplier(sigma, expected)
+
     def _next_step(self) -> int:
         return self.budget.next_step
 
@@ -186,6 +235,7 @@ class PrivateTraining:
         attack: Attack | None = None,
         half: bool = False,
         share: Sequence[Any] = (),
+        on_look: Callable[[int], None] = lambda turn: None,  # noqa: ARG005
     ) -> None:
         """Chunk size and self-test, on records of the data; before `open`. See `TryOut`.
 
@@ -201,15 +251,16 @@ class PrivateTraining:
             max_grad_norm=self.max_grad_norm,
             half=half,
             share=share,
+            on_look=on_look,
         )
+        sampler = self._known(self.sampler)
+        ordinary = math.ceil(sampler.sample_rate * sampler.size / sampler.world_size)
         if next(module.parameters()).device.type == "cuda" and self.settings.chunk_size == "auto":
-            sampler = self._known(self.sampler)
-            most = math.ceil(2 * sampler.sample_rate * sampler.size / sampler.world_size)
-            rows = rows_that_fit(tryout.peak_bytes, tryout.free_bytes(), most=max(most, 1))
+            rows = rows_that_fit(tryout.peak_bytes, tryout.free_bytes(), most=2 * ordinary)
             sampler.chunk_size = self.chunk_size = self.processes.broadcast(rows)
         if self.settings.selftest:
             self._tryout = tryout
-            self.selftest = tryout.selftest()
+            self.selftest = tryout.selftest(min(ordinary, self.chunk_size or ordinary, _MOST_ROWS))
             if self.selftest is not None:
                 self.selftest.require()
 
@@ -223,7 +274,7 @@ class PrivateTraining:
         if tryout is None or not due:
             return
         with self._known(self._step).paused():
-            found = tryout.selftest(quick=True)
+            found = tryout.selftest()
         if found is not None and found.findings:
             self.selftest = found
             found.require()
@@ -349,7 +400,7 @@ class PrivateTraining:
             "delta": settings.delta,
             "noise_multiplier": self.budget.noise_multiplier,
             "max_grad_norm": settings.max_grad_norm,
-            "clipping": type(settings.clipping).__name__,
+            "clipping": repr(settings.clipping),
             "sample_rate": self.budget.sample_rate,
             "records": sampler.size if sampler else None,
             "accountant": settings.accountant,
@@ -367,7 +418,8 @@ class PrivateTraining:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Unite with what a checkpoint spent; what is known here is not forgotten."""
         self.account.load_state_dict(state)
-        self.max_grad_norm = state["max_grad_norm"]
+        if isinstance(self.settings.clipping, AdaptiveClipping):  # else C is what was asked for
+            self.max_grad_norm = state["max_grad_norm"]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, and a pickle, hold the account and no secret of a fit under way."""

@@ -28,6 +28,14 @@ class Processes:
     world_size: int = 1
     broadcast: Callable[[Any], Any] = _alone
 
+    def agree(self, value: Any) -> bool:
+        """Whether all processes pass the same value; called by all at once."""
+        if self.world_size == 1:
+            return True
+        found = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return all(other == found[0] for other in found)
+
     @classmethod
     def current(cls) -> "Processes":
         """Those of `torch.distributed`, if it was initialized (by torchrun, say)."""

@@ -25,6 +25,7 @@ class TryOut:
         max_grad_norm: C.
         half: whether the step computes in half precision.
         share: objects that the module may refer to and that are not to be copied with it.
+        on_look: called with 0, 1, 2, … before each look.
     """
 
     def __init__(
@@ -38,16 +39,27 @@ class TryOut:
         max_grad_norm: float,
         half: bool,
         share: Sequence[Any] = (),
+        on_look: Callable[[int], None] = lambda turn: None,  # noqa: ARG005
     ) -> None:
         self.module, self.loader, self.loss = module, loader, loss
         self.transfer, self.attack = transfer, attack
         self.max_grad_norm, self.half, self.share = max_grad_norm, half, share
-        self._turn = 0
+        self.on_look = on_look
+        self._looks = 0
 
-    def selftest(self, *, quick: bool = False) -> SelfTest | None:
-        """The self-test, on other records each time; None for a data set of fewer than three."""
-        records = self._records()
-        if len(records) < 3:  # too few to mix
+    def selftest(self, rows: int | None = None) -> SelfTest | None:
+        """The self-test: whole the first time, in short and on other records after that.
+
+        Args:
+            rows: rows of an ordinary chunk.
+
+        Returns:
+            None for a data set of fewer than three records: too few to mix.
+        """
+        turn, self._looks = self._looks, self._looks + 1
+        self.on_look(turn)
+        records = self._records(turn)
+        if len(records) < 3:
             return None
         return selftest(
             self.module,
@@ -57,25 +69,24 @@ class TryOut:
             attack=self.attack,
             max_grad_norm=self.max_grad_norm,
             half=self.half,
-            quick=quick,
+            rows=rows,
+            turn=turn,
             share=self.share,
         )
 
     def peak_bytes(self, rows: int) -> int:
         """Most bytes that a private step on `rows` rows allocates; on a GPU only."""
-        records = list(itertools.islice(itertools.cycle(self._records()), rows))
+        records = list(itertools.islice(itertools.cycle(self._records(0)), rows))
         return peak_bytes(self.module, self.loss, self._collate(records), rows, self.share)
 
     def free_bytes(self) -> int:
         """Bytes that are left; on a GPU only."""
         return free_bytes(next(self.module.parameters()).device)
 
-    def _records(self) -> list[Any]:
+    def _records(self, turn: int) -> list[Any]:
         dataset = self.loader.dataset
-        positions = probe_positions(dataset, RECORDS, self._turn)
-        self._turn += 1
-        with seeded(self._turn, ()):
-            return [dataset[i] for i in positions]
+        with seeded(turn, ()):
+            return [dataset[i] for i in probe_positions(dataset, RECORDS, turn)]
 
     def _collate(self, records: list[Any]) -> Any:
         return self.transfer(self.loader.collate_fn(records))

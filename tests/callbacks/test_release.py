@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchmetrics.classification import MulticlassAccuracy
 
-from defend import PGD, DifferentialPrivacy, InputError, Linf, RobustnessEvaluation
+from defend import PGD, DifferentialPrivacy, InputError, Linf, PrivacyError, RobustnessEvaluation
 from tests.helpers import Net, flat, loader, trainer
 
 EPSILON = "privacy/epsilon"
@@ -152,13 +152,9 @@ def test_a_checkpoint_cannot_monitor_what_is_withheld(tmp_path):
     settings = {"enable_checkpointing": True}
     with pytest.raises(MisconfigurationException, match=r"could not find the monitored key"):
         fit(tmp_path / "withheld", "withhold", saved, **settings)
-    fit(
-        tmp_path / "tagged",
-        "tag",
-        ModelCheckpoint(tmp_path / "b", monitor="train_loss"),
-        **settings,
-    )
-    assert list((tmp_path / "b").glob("*.ckpt"))
+    watching = ModelCheckpoint(tmp_path / "b", monitor="train_loss")
+    with pytest.raises(PrivacyError, match="ModelCheckpoint that monitors `train_loss`"):
+        fit(tmp_path / "tagged", "tag", watching, **settings)
 
 
 def test_a_checkpoint_may_monitor_validation(tmp_path):

@@ -1,9 +1,10 @@
+import itertools
 import math
 
 import pytest
 
 from defend import InputError
-from defend.privacy import curve
+from defend.privacy import curve, schedules
 from defend.privacy.accounting import (
     Segment,
     affordable_steps,
@@ -104,6 +105,8 @@ def test_little_noise_costs_no_memory(sigma):
         [(100.0, 1e-5, 1)],
         [(100.0, 0.3, 1), (0.4, 1.0, 3)],
         [(1e6, 0.5, 10)],
+        [(0.1, 5e-324, 10)],  # of which 1 / q is no float
+        [(2.0, 1e-310, 10)],
     ],
 )
 @pytest.mark.parametrize("delta", [1e-300, 1e-12, 1e-9, 1e-2, 0.9])
@@ -125,8 +128,52 @@ def test_memory_is_bounded(monkeypatch):
     assert all(error >= 0.01 for _, _, error in meshes)
 
 
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+@pytest.mark.filterwarnings("error")
+def test_any_noise_has_a_bound_and_more_noise_never_spends_more(accountant):
+    powers = [*range(-320, -10, 10), -5, -4, -3, *range(-2, 4), 6, 9, 20, 150, 200, 308]
+    sigmas = sorted([5e-324, 1e-170, 9.9e-3, 1.01e-2, 0.05, 0.0999, *(10.0**k for k in powers)])
+    for steps in (1, 1000):
+        spent = [epsilon([(sigma, 0.01, steps)], DELTA, accountant) for sigma in sigmas]
+        assert all(e == math.inf for s, e in zip(sigmas, spent, strict=True) if s <= 1e-150)
+        assert all(e > 1e3 for s, e in zip(sigmas, spent, strict=True) if s < 1e-2)
+        assert all(0 <= e < math.inf for s, e in zip(sigmas, spent, strict=True) if s > 1e-140)
+        assert all(a >= b for a, b in itertools.pairwise(spent))
+
+
+@pytest.mark.parametrize("delta", [5e-324, 1e-310, 1e-300, 1e-17])
+@pytest.mark.parametrize("steps", [1, 10**6, 1e308])
+@pytest.mark.filterwarnings("error")
+def test_any_delta_and_number_of_steps_has_a_bound(delta, steps):
+    for sigma in (1.0, 1e200):
+        history = [(sigma, 0.5, steps)]
+        # Beside such a δ the mesh is all rounding: RDP answers.
+        assert epsilon(history, delta) == epsilon(history, delta, "rdp") > 0
+    assert epsilon([(1.0, 0.0, steps)], delta) == 0.0
+
+
+def test_a_schedule_that_ends_the_noise_ends_the_budget():
+    """σ falls to 1e-183, of which the square is no float any more."""
+    settings = {"delta": DELTA, "sample_rate": 0.01, "schedule": schedules.Decay(0.9)}
+    plan = scheduled(1.0, 0.01, 4000, schedules.Decay(0.9))
+    assert epsilon(plan, DELTA) == math.inf
+    n = affordable_steps(3.0, noise_multiplier=1.0, limit=4000, **settings)
+    assert 0 < n < 4000
+    assert epsilon(plan[:n], DELTA) <= 3.0 < epsilon(plan[: n + 1], DELTA)
+    for accountant in ("prv", "rdp"):
+        with pytest.raises(InputError, match=r"some noise can meet, got 3.0 .* keeps more noise"):
+            noise_multiplier_for(3.0, steps=4000, accountant=accountant, **settings)
+
+
+def test_where_the_least_noise_spends_nothing_it_is_taken():
+    """ε of 0 leaves no ratio to search along."""
+    sigma = noise_multiplier_for(1.0, delta=0.9, sample_rate=1e-9, steps=1)
+    assert epsilon([(sigma, 1e-9, 1)], 0.9) <= 1.0
+    assert sigma < 1.0
+
+
 @pytest.mark.parametrize(
-    "segment", [(-1.0, 0.1, 1), (math.nan, 0.1, 1), (1.0, 1.1, 1), (1, 0.1, -1)]
+    "segment", [(math.inf, 0.1, 1), (-1.0, 0.1, 1), (math.nan, 0.1, 1), (1.0, 1.1, 1), (1, 0.1, -1)]
 )
 def test_refuses_what_is_no_segment(segment):
     with pytest.raises(InputError, match=r"Expected segments .*noise_multiplier ≥ 0"):
@@ -177,9 +224,12 @@ def test_no_schedule_is_a_constant_one():
     assert scheduled(2.0, 0.05, 0) == scheduled(2.0, 0.05, 0, stairs) == ()
 
 
-@pytest.mark.parametrize("factor", [-0.1, math.nan, math.inf])
-def test_refuses_a_schedule_without_meaning(factor):
-    with pytest.raises(InputError, match=r"`schedule` to return factors ≥ 0, got .* at 5"):
+@pytest.mark.parametrize("factor", [0.0, -0.1, math.nan, math.inf])
+def test_refuses_the_schedules_that_training_refuses(factor):
+    message = r"a finite factor > 0, got .* at step 5"
+    with pytest.raises(InputError, match=message):
+        schedules.factor(lambda t: factor, 5)
+    with pytest.raises(InputError, match=message):
         scheduled(1.0, 0.1, 3, lambda t: factor, first_step=5)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from defend import InputError
+from defend import InputError, PrivacyError
 from defend.privacy import curve as module
 from defend.privacy.accounting import Segment, epsilon, scheduled
 from defend.privacy.curve import EpsilonCurve
@@ -38,6 +38,22 @@ def test_one_step_against_the_definition(sigma, rate):
     assert truth <= bound <= truth + 1.2 * MESH
     if truth > 0.2:  # the same comparison rejects the other adjacency, replacing one record
         assert not truth <= epsilon([(2 * sigma, rate, 1)], DELTA) <= truth + 1.2 * MESH
+
+
+@pytest.mark.parametrize("sigma", [0.4, 1.0, 3.0])
+@pytest.mark.parametrize("rate", [1e-3, 0.05, 0.5])
+def test_for_one_step_removing_a_record_costs_more_than_adding_it(sigma, rate):
+    for eps in (0.0, 1e-4, 0.01, 0.1, 0.5, 2.0):
+        x = sigma**2 * math.log1p(math.expm1(eps) / rate) + 0.5
+        with_record = (1 - rate) * norm.sf(x / sigma) + rate * norm.sf((x - 1) / sigma)
+        removed = with_record - math.exp(eps) * norm.sf(x / sigma)
+        added = 0.0  # the loss −t > ε has no mass where ε ≥ −log(1 − q)
+        if eps < -math.log1p(-rate):
+            x = sigma**2 * math.log1p(math.expm1(-eps) / rate) + 0.5
+            with_record = (1 - rate) * norm.cdf(x / sigma) + rate * norm.cdf((x - 1) / sigma)
+            added = norm.cdf(x / sigma) - math.exp(eps) * with_record
+        assert added <= removed + 1e-15
+        assert eps == 0 or added < removed  # both are the total variation at 0
 
 
 @pytest.mark.parametrize(("sigma", "steps"), [(1.0, 4), (5.0, 100), (200.0, 40_000)])
@@ -180,6 +196,23 @@ def test_many_values_of_noise_are_rounded_down_to_few():
     few = [(1 + k / 100, 0.1, 1) for k in range(34)]
     halves = [epsilon([(sigma, 0.1, 34)], DELTA) for sigma in (1.33, 1.0)]
     assert halves[0] < epsilon(few, DELTA) < halves[1]
+
+
+def test_noise_beyond_the_floats_is_cut_to_an_upper_bound():
+    plan = [(10.0**k, 0.1, 1) for k in range(-320, 300, 10)]
+    levels, of, _ = module._levelled(plan)
+    assert len(levels) <= 33
+    for segment, k in zip(plan, of, strict=True):
+        assert levels[k][0] <= segment[0]
+        assert levels[k][0] == 0 or 1e-150 < levels[k][0] <= 1e9
+    assert EpsilonCurve(plan, DELTA)(1) == math.inf
+    assert math.isfinite(EpsilonCurve(plan[::-1], DELTA)(10))
+
+
+def test_nan_from_the_mesh_is_not_mistaken_for_nothing_spent(monkeypatch):
+    monkeypatch.setattr(module, "epsilon_from_spectrum", lambda *a: math.nan)
+    with pytest.raises(PrivacyError, match="a PRV bound, got NaN"):
+        EpsilonCurve([(1.0, 0.1, 10)], DELTA)
 
 
 @pytest.mark.parametrize("n", [-1, 11, math.nan])

@@ -6,6 +6,7 @@ from scipy.fft import irfft
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from defend import PrivacyError
 from defend.privacy import losses
 
 DELTA = 1e-5
@@ -30,6 +31,53 @@ def test_renyi_divergences_with_hardly_any_noise_are_bounds():
     ours = losses.renyi(0.05, 0.1)
     np.testing.assert_allclose(ours[whole], reference[whole], rtol=1e-10)
     assert (ours >= reference * (1 - 1e-12)).all()
+
+
+SMALL_TO_LARGE = np.unique(
+    np.concatenate(
+        [np.logspace(-323, -150, 40), np.logspace(-150, -3, 60), np.linspace(0.005, 0.15, 60),
+         np.logspace(-1, 9, 60), np.logspace(10, 308, 20)]
+    )
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", [1e-6, 0.01, 0.5, 1.0])
+@pytest.mark.filterwarnings("error")
+def test_divergences_never_rise_with_the_noise_and_are_never_nan(rate):
+    found = np.array([losses.renyi(float(sigma), rate) for sigma in SMALL_TO_LARGE])
+    assert not np.isnan(found).any()
+    assert np.isinf(found[SMALL_TO_LARGE <= 1e-150]).all()
+    assert np.isfinite(found[SMALL_TO_LARGE > 1e-150]).all()
+    # Up to rounding of the quadrature, which is absolute where little is left.
+    rises = (found[1:] > found[:-1] * (1 + 1e-9) + 1e-13).any(1)
+    assert not rises.any(), SMALL_TO_LARGE[:-1][rises]
+    # The binomial sum alone fails the same two checks.
+    with np.errstate(all="ignore"):
+        assert rate == 1 or np.isnan(losses._log_moments_of_integers(1e-170, rate)).any()
+
+
+@pytest.mark.parametrize("sigma", [1e-100, 1e-3, 0.0099])
+def test_with_the_least_noise_the_unsampled_divergence_is_the_bound(sigma):
+    for rate in (1e-3, 0.3):
+        unsampled = [alpha / 2 / sigma / sigma for alpha in losses.ORDERS]
+        np.testing.assert_allclose(losses.renyi(sigma, rate), unsampled, rtol=1e-12)
+        # A slow sum in logarithms is below it, and not by much at the highest order.
+        alpha = 63
+        terms = [
+            math.log(math.comb(alpha, k)) + k * math.log(rate) + (alpha - k) * math.log1p(-rate)
+            + (k * k - k) / 2 / sigma / sigma
+            for k in range(alpha + 1)
+        ]  # fmt: skip
+        exact = max(terms) / (alpha - 1)  # the others are nothing beside it
+        assert unsampled[-1] * 0.99 < exact <= unsampled[-1]
+
+
+def test_nan_is_not_mistaken_for_nothing_spent():
+    divergences = losses.renyi(1.0, 0.1).copy()
+    assert losses.epsilon_from_renyi(divergences, DELTA) > 0
+    divergences[3] = math.nan
+    with pytest.raises(PrivacyError, match="divergences that are numbers, got NaN"):
+        losses.epsilon_from_renyi(divergences, DELTA)
 
 
 def test_loss_and_its_inverse():

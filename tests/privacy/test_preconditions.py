@@ -1,5 +1,8 @@
 """Every refusal: found, named, and with a cure; and ordinary set-ups pass."""
 
+import time
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +10,7 @@ from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -17,6 +21,7 @@ from torch.utils.data import (
 )
 
 from defend import PrivacyError
+from defend.privacy.per_record import PerRecordGradients
 from defend.privacy.preconditions import REFUSALS, Setup, check
 
 DATA = TensorDataset(torch.rand(20, 3))
@@ -70,6 +75,24 @@ def compiled():
     return nn.Sequential(torch.compile(nn.Linear(3, 3)))
 
 
+def compiled_in_place():
+    module = linear()
+    module[1].compile()
+    return module
+
+
+def weight_hooked(wrap):
+    module = linear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # weight_norm is deprecated, yet in use
+        wrap(module[1])
+    return module
+
+
+def over(dataset):
+    return Setup(loader=DataLoader(dataset, 2))
+
+
 def with_optimizers(make):
     module = linear()
     return Setup(module=module, optimizers=make(module))
@@ -90,15 +113,17 @@ CASES = [
     ("batch_norm", Setup(module=norm(stored=False)), "BatchNorm1d at `1`"),
     ("compiled", Setup(module=compiled()), "not compiled, got OptimizedModule at `0`"),
     ("compiled", Setup(compiled=True), "got a compiled module"),
+    ("compiled", Setup(module=compiled_in_place()), "not compiled, got Linear at `1`"),
     (
-        "repeated_records",
-        Setup(loader=DataLoader(Subset(DATA, [0, 1, 1, 2]), 2)),
-        "each record has one index, got a Subset with 1 repeated",
+        "weight_hooks",
+        Setup(module=weight_hooked(nn.utils.weight_norm)),
+        "Linear at `1`.*torch.nn.utils.parametrizations.weight_norm",
     ),
+    ("weight_hooks", Setup(module=weight_hooked(nn.utils.spectral_norm)), "Linear at `1`"),
     (
         "repeated_records",
-        Setup(loader=DataLoader(Subset(ConcatDataset([DATA, DATA]), range(30)), 2)),
-        "a ConcatDataset that holds one data set twice",
+        over(Subset(DATA, [0, 1, 1, 2])),
+        "each record has one index, got one with repeated indices: 1 lead",
     ),
     ("batch_norm", Setup(module=nn.SyncBatchNorm(3)), "SyncBatchNorm at `.`"),
     (
@@ -266,6 +291,101 @@ def test_ordinary_modules_pass(module):
 )
 def test_ordinary_loaders_pass(loader):
     check(Setup(loader=loader))
+
+
+TWIN = TensorDataset(*DATA.tensors)
+OTHER = TensorDataset(torch.rand(20, 3))
+BOTH = ConcatDataset([DATA, OTHER])
+LISTED = list(range(20))  # a data set of its own kind
+
+
+class NoLength(Dataset):
+    def __getitem__(self, index):
+        return index
+
+
+def rows_behind(dataset):
+    """Slow reference: what each index leads to, one by one."""
+    return [tuple(map(float, dataset[i][0])) for i in range(len(dataset))]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "twice"),
+    [
+        (Subset(DATA, [19, -1]), 1),
+        (Subset(DATA, range(-3, 20)), 3),
+        (Subset(DATA, torch.tensor([0, 5, 5, 5])), 2),
+        (Subset(Subset(DATA, [3, 4, 5]), [0, 2, -1]), 1),
+        (DATA + DATA, 20),
+        (DATA + TWIN, 20),
+        (ConcatDataset([DATA, Subset(DATA, [1, 2])]), 2),
+        (ConcatDataset([Subset(DATA, range(10)), OTHER, Subset(TWIN, [9, 10])]), 1),
+        (ConcatDataset([Subset(DATA, [0, 1]), Subset(Subset(DATA, [1, 2]), [0])]), 1),
+        (Subset(DATA + DATA, range(30)), 10),
+        (Subset(BOTH, [0, 20, -20, -40]), 2),
+        (ConcatDataset([BOTH, Subset(BOTH, [25])]), 1),
+    ],
+)
+def test_repeated_records_are_found_through_any_nesting(dataset, twice):
+    rows = rows_behind(dataset)
+    assert len(rows) - len(set(rows)) == twice
+    with pytest.raises(
+        PrivacyError, match=f"repeated indices: {twice} lead.*Keep each record once"
+    ):
+        check(over(dataset))
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        BOTH,
+        Subset(DATA, [0, 1, -1]),
+        Subset(BOTH, [0, 20, -1, -21]),
+        Subset(DATA + DATA, range(20)),
+        ConcatDataset([Subset(DATA, range(10)), Subset(TWIN, range(10, 20))]),
+        ConcatDataset([LISTED, list(LISTED)]),
+        ConcatDataset([TensorDataset(DATA.tensors[0][:10]), TensorDataset(DATA.tensors[0][10:])]),
+        ConcatDataset([DATA, Subset(DATA, [])]),
+        Subset(NoLength(), [5, 7]),
+        TensorDataset(torch.eye(4).to_sparse()),
+    ],
+)
+def test_records_with_one_index_each_pass(dataset):
+    check(over(dataset))
+
+
+def test_repeats_are_found_among_a_million_indices():
+    large = TensorDataset(torch.zeros(1_000_000))
+    start = time.perf_counter()
+    with pytest.raises(PrivacyError, match="repeated indices: 2 lead"):
+        check(over(ConcatDataset([Subset(large, list(range(1_000_000))), Subset(large, [0, -1])])))
+    assert time.perf_counter() - start < 5  # on a busy machine; a few tenths on an idle one
+
+
+def test_indices_that_are_no_numbers_are_refused():
+    with pytest.raises(PrivacyError, match="got a Subset whose indices are not numbers"):
+        check(over(Subset({"a": 1, "b": 2}, ["a", "b"])))
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_weights_from_hooks_pass_where_nothing_is_trained(wrap):
+    module = weight_hooked(wrap)
+    module[1].requires_grad_(False)
+    check(Setup(module=module))
+
+
+def test_the_parametrization_that_replaces_weight_hooks_gives_per_record_gradients():
+    module = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), nn.Tanh())
+    check(Setup(module=module))
+    rows = DATA.tensors[0][:4]
+
+    def alone(row):
+        return torch.autograd.grad(module(row[None]).square().sum(), list(module.parameters()))
+
+    expected = [torch.stack(g) for g in zip(*map(alone, rows), strict=True)]
+    gradients = PerRecordGradients(module, loss_reduction="sum")
+    module(rows).square().sum().backward()
+    torch.testing.assert_close(gradients.read(4), expected)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])

@@ -1,11 +1,14 @@
+import pickle
+import random
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 from defend.privacy import PoissonBatchSampler, Randomness
-from defend.privacy.sampling import poisson_loader
+from defend.privacy.sampling import SecretWorker, poisson_loader
 
 N, Q, STEPS = 200, 0.1, 3000
 
@@ -99,3 +102,67 @@ def test_the_loader_keeps_the_users_settings_and_the_order(workers):
         drawn = mine.drawn.popleft()
         assert len(batch) == drawn.rows
     assert not mine.drawn
+
+
+class Augmented(Dataset):
+    """Each record is what the three global RNGs say, and what the user's function left behind."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        draws = torch.rand(()).item(), np.random.rand(), random.random()  # noqa: NPY002
+        return [*draws, getattr(get_worker_info().dataset, "mark", -1)]
+
+
+def seed_all(worker):
+    torch.manual_seed(42 + worker)
+    np.random.seed(42 + worker)  # noqa: NPY002
+    random.seed(42 + worker)
+    get_worker_info().dataset.mark = worker
+
+
+def first_draws(randomness, worker_init_fn=seed_all, context="fork"):
+    """What two workers drew for the first row of their first batch, shape [2, 4]."""
+    torch.manual_seed(0)  # a main process whose RNG is known
+    plain = DataLoader(
+        Augmented(),
+        20,
+        num_workers=2,
+        collate_fn=torch.tensor,
+        worker_init_fn=worker_init_fn,
+        multiprocessing_context=context,
+    )
+    loader = poisson_loader(plain, PoissonBatchSampler(N, Q, 2, randomness))
+    return torch.stack([batch[0] for batch in loader])
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_draw_by_secret_seeds_after_the_users_function(context):
+    once, again = (first_draws(Randomness(), context=context) for _ in range(2))
+    assert once[:, 3].tolist() == again[:, 3].tolist() == [0, 1]  # the user's function ran
+    assert (once[:, :3] != again[:, :3]).all()  # torch, numpy and random, in both workers
+    assert (once[0, :3] != once[1, :3]).all()
+
+
+def test_workers_without_a_function_draw_by_secret_seeds_too():
+    once, again = (first_draws(Randomness(), None) for _ in range(2))
+    assert (once[:, :3] != again[:, :3]).all()
+
+
+def test_a_run_with_an_insecure_seed_keeps_the_users_seeds():
+    # Also the planted wrong answer of the tests above: unwrapped, the draws repeat.
+    once, again = (first_draws(Randomness(insecure_seed=0)) for _ in range(2))
+    assert torch.equal(once, again)
+
+
+def test_only_loaders_with_workers_get_a_function():
+    data = TensorDataset(torch.arange(N))
+    mine = PoissonBatchSampler(N, Q, 2, Randomness())
+    assert poisson_loader(DataLoader(data, 20), mine).worker_init_fn is None
+    wrapped = poisson_loader(DataLoader(data, 20, num_workers=1), mine).worker_init_fn
+    assert isinstance(wrapped, SecretWorker)
+
+
+def test_the_workers_function_can_be_pickled():
+    assert pickle.loads(pickle.dumps(SecretWorker(seed_all))).users is seed_all

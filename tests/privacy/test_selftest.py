@@ -435,6 +435,56 @@ def test_too_few_records():
 
 
 def test_a_quick_look_finds_what_couples_records():
-    found = probe(BatchMeanSubtracted(), quick=True)
+    for turn in range(1, 8):
+        found = probe(BatchMeanSubtracted(), turn=turn)
+        assert "alone and in a batch" in found.findings[0]
+        assert "`mean`, which the step fills" in probe(FilledBuffer(), turn=turn).findings[0]
+        for module, settings in SOUND.values():
+            assert probe(module(), turn=turn, **settings).passed
+
+
+def sometimes(draw, threshold):
+    def loss(module, batch):
+        x, y = batch
+        if draw() < threshold:
+            x = 0.6 * x + 0.4 * x.flip(0)
+        return F.cross_entropy(module(x), y)
+
+    return loss
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize(
+    "draw",
+    [random.random, np.random.rand, lambda: float(torch.rand(1))],
+    ids=["python", "numpy", "torch"],
+)
+def test_mixing_by_chance_is_found(draw, threshold):
+    found = probe(Net(), sometimes(draw, threshold))
     assert "alone and in a batch" in found.findings[0]
-    assert probe(Net(), quick=True).passed
+
+
+def test_what_only_large_batches_do_is_found():
+    def hardest_eight(module, batch):
+        x, y = batch
+        losses = F.cross_entropy(module(x), y, reduction="none")
+        return losses.topk(8).values.mean() if len(x) > 8 else losses.mean()
+
+    assert probe(Net(), hardest_eight).passed
+    assert "alone and in a batch" in probe(Net(), hardest_eight, rows=32).findings[0]
+
+
+def drop_with_a_known_seed(module, batch):
+    x, y = batch
+    generator = torch.Generator().manual_seed(0)
+    return F.cross_entropy(module(x * torch.rand(x.shape, generator=generator)), y)
+
+
+def drop_after_a_seed(module, batch):
+    torch.manual_seed(0)
+    return F.cross_entropy(module(F.dropout(batch[0], 0.5)), batch[1])
+
+
+@pytest.mark.parametrize("loss", [drop_with_a_known_seed, drop_after_a_seed])
+def test_random_numbers_that_are_not_secret_are_found(loss):
+    assert "random numbers from the global generators" in probe(Net(), loss).findings[0]
