@@ -47,7 +47,10 @@ def factor(schedule: Schedule | None, step: int) -> float:
     """
     if schedule is None:
         return 1.0
-    value = float(schedule(step))
+    try:
+        value = float(schedule(step))
+    except OverflowError:
+        value = math.inf
     if not 0 < value < math.inf:
         raise InputError(
             f"Expected a schedule to give a finite factor > 0, got {value} at step {step}. To end "

@@ -95,13 +95,16 @@ class TryOut:
 def is_due(step: int, epoch: int, *, first_of_epoch: bool) -> bool:
     """Whether to look again: a step may behave one way on its first batch and another later.
 
-    At steps 4, 16, 64, …, and at the start of the second, third, fifth, ninth, … epoch: warm-ups
-    and late starts of any length are found before they went on for long, at a cost that fades.
+    At steps 4, 16, 64, …, and at the start of the second, fifth, 17th, … epoch: warm-ups and late
+    starts of any length are found before they went on for long, at a cost that fades.
 
     Args:
         step: steps of this fit so far.
         epoch: epochs of this fit that are over.
         first_of_epoch: whether the next step is the first of its epoch.
     """
-    at_step = step >= 4 and step & (step - 1) == 0 and step.bit_length() % 2 == 1
-    return at_step or (first_of_epoch and epoch >= 1 and epoch & (epoch - 1) == 0)
+    return (step >= 4 and _is_power_of_four(step)) or (first_of_epoch and _is_power_of_four(epoch))
+
+
+def _is_power_of_four(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0 and n.bit_length() % 2 == 1

@@ -54,7 +54,7 @@ def gradients_of_records(module):
     return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
 
-def released(clipping):
+def released(clipping, steps=STEPS):
     """The gradients' noise [steps, coordinates], the count's noise [steps], C before each step."""
     module = networks()["mlp"]
     known = gradients_of_records(module)
@@ -63,7 +63,7 @@ def released(clipping):
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
     step, _ = make(module, SIGMA, optimizer, clipping=clipping)
     noise, count_noise, bounds = [], [], []
-    for _ in range(STEPS):
+    for _ in range(steps):
         bound = step.max_grad_norm
         step.begin()
         step.expect(7, 7)
@@ -129,7 +129,7 @@ def test_the_two_noises_are_independent(honest):
     [(GradientLikeSigma, "gradient"), (NoCountNoise, "count"), (HalfCountNoise, "count")],
 )
 def test_a_planted_wrong_noise_is_rejected(planted, wrong):
-    noise, count_noise, bounds = released(planted(**SETTINGS))
+    noise, count_noise, bounds = released(planted(**SETTINGS), steps=100)
     found = {
         "gradient": deviation_is(noise / bounds[:, None], SIGMA_DELTA),
         "count": deviation_is(count_noise, COUNT_NOISE),

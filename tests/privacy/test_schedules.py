@@ -26,5 +26,10 @@ def test_a_factor_that_ends_the_noise_is_refused(value):
         factor(lambda step: value, 3)
 
 
+def test_a_schedule_that_overflows_says_so():
+    with pytest.raises(InputError, match=r"a finite factor > 0, got inf at step 8000"):
+        factor(Decay(1.1), 8000)
+
+
 def test_no_schedule_is_constant():
     assert factor(None, 5) == 1.0
