@@ -2,8 +2,7 @@
 
 import math
 import warnings
-import weakref
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from defend.privacy.schedules import factor
 from defend.privacy.selftest import Attack, Loss, SelfTest
 from defend.privacy.step import PrivateStep
 from defend.training.account import Account
+from defend.training.lineage import claim
 from defend.training.processes import Processes
 from defend.training.settings import PrivacySettings
 from defend.training.tryout import TryOut, is_due
@@ -36,12 +36,6 @@ SAMPLING = "Poisson"
 # Per-record gradients take rows × parameters of memory. This many rows fit small machines.
 _CHUNK_ON_CPU = 256
 _MOST_ROWS = 64  # of the self-test's largest batch
-
-
-# Models that were trained privately in this process: their fits, data, and ε.
-_TRAINED: MutableMapping[nn.Module, tuple[set[str], str, Callable[[], float]]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 class PrivateTraining:
@@ -157,7 +151,7 @@ class PrivateTraining:
             self.account.open(
                 self.processes, sample_rate=sampler.sample_rate, planned=planned, done=done
             )
-            self._refuse_a_second_account(module, digest)
+            claim(module, digest, self.budget)
             self._check_count_noise(expected)
             self._step = PrivateStep(
                 module,
@@ -201,20 +195,6 @@ class PrivateTraining:
                 "(a generator of its own, or seed_everything)."
             )
         return digest
-
-    def _refuse_a_second_account(self, module: nn.Module, digest: str) -> None:
-        """A model that goes on training on the same data has to go on with its account."""
-        earlier = _TRAINED.get(module)
-        if earlier is not None and digest.startswith("sha256:"):
-            fits, data, epsilon = earlier
-            if data == digest and not fits <= self.budget.fit_names:
-                raise PrivacyError(
-                    f"Expected the account of this model to go on (ε = {epsilon():.4g} on the same "
-                    "data so far), got a new one that starts at 0. Go on with the same callback, "
-                    "pass that run's state, or give both the same `ledger`."
-                )
-        budget = self.budget
-        _TRAINED[module] = (budget.fit_names, digest, lambda: budget.epsilon)
 
     def _check_count_noise(self, expected: float) -> None:
         """Now, not in the middle of a training, where a step is charged already."""
