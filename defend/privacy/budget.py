@@ -13,7 +13,6 @@ from defend.privacy.curve import EpsilonCurve
 from defend.privacy.schedules import Schedule, factor
 
 _ENDLESS = 1000  # steps of a plan without an end whose ε is computed at a time
-_POINTS = 32  # of a plan at which ε is tight; between them, it is that of the next
 
 
 class Budget:
@@ -268,9 +267,7 @@ class Budget:
                 self._schedule,
                 first_step=self.next_step,
             )
-            self._curve = EpsilonCurve(
-                plan, self.delta, self.accountant, spent=self.history, points=_POINTS
-            )
+            self._curve = EpsilonCurve(plan, self.delta, self.accountant, spent=self.history)
         return self._curve(since)
 
     @property
