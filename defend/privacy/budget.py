@@ -194,8 +194,7 @@ class Budget:
 
     def _planned_noise(self, step: int) -> float:
         assert self.noise_multiplier is not None
-        schedule = self._schedule
-        return self.noise_multiplier * (1.0 if schedule is None else schedule(step))
+        return self.noise_multiplier * self._factor_at(step)
 
     @property
     def next_step(self) -> int:
@@ -226,10 +225,9 @@ class Budget:
 
     def _digest_of_schedule(self, steps: int) -> str | None:
         """Tells one schedule from another by what it gives."""
-        schedule = self._schedule
-        if schedule is None:
+        if self.noise_schedule is None:
             return None
-        factors = ",".join(repr(schedule(step)) for step in range(steps))
+        factors = ",".join(repr(self._factor_at(step)) for step in range(steps))
         return hashlib.sha256(factors.encode()).hexdigest()
 
     def charge(self, noise_multiplier: float | None = None) -> int:
@@ -270,17 +268,17 @@ class Budget:
             self._curve = EpsilonCurve(plan, self.delta, self.accountant, spent=self.history)
         return self._curve(since)
 
+    def _factor_at(self, step: int) -> float:
+        """The schedule's factor; asked once a step, as a function need not answer alike twice."""
+        if self.noise_schedule is None:
+            return 1.0
+        if step not in self._factors:
+            self._factors[step] = factor(self.noise_schedule, step)
+        return self._factors[step]
+
     @property
     def _schedule(self) -> Schedule | None:
-        if self.noise_schedule is None:
-            return None
-
-        def at(step: int) -> float:
-            if step not in self._factors:  # asked once: a function need not answer alike twice
-                self._factors[step] = factor(self.noise_schedule, step)
-            return self._factors[step]
-
-        return at
+        return None if self.noise_schedule is None else self._factor_at
 
     def state_dict(self) -> dict[str, Any]:
         """The account as plain data; holds no secret."""
