@@ -2,5 +2,7 @@
 
 from defend.threat.balls import L2, Ball, Linf
 from defend.threat.inputs import InputSpace
+from defend.threat.l1 import L1
+from defend.threat.region import Region
 
-__all__ = ["L2", "Ball", "InputSpace", "Linf"]
+__all__ = ["L1", "L2", "Ball", "InputSpace", "Linf", "Region"]

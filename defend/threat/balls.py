@@ -2,7 +2,11 @@
 
 A ball supplies the three operations of projected gradient ascent and nothing else, so that one
 loop (`defend.attacks.pgd`) serves every norm. All tensors are batches `[N, ...]` of any rank ≥ 2,
-one record a row; norms are taken per record over every other dimension.
+one record a row; norms are taken per record over every other dimension. Nothing here waits for
+the GPU, and memory layout is kept.
+
+The radius that counts is the region's, one for all records or one for each; a ball's own `eps` is
+what the region is made from.
 """
 
 import dataclasses
@@ -13,11 +17,7 @@ import torch
 from torch import Tensor
 
 from defend.errors import InputError
-
-
-def _per_record_l2(t: Tensor) -> Tensor:
-    """‖t_i‖₂ for each record, shaped `[N, 1, ...]` so that it divides `t` in any memory layout."""
-    return torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim)), keepdim=True)
+from defend.threat.region import Region
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,24 +46,65 @@ class Ball(ABC):
         return dataclasses.replace(self, eps=eps)
 
     @abstractmethod
-    def random_start(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        """A δ drawn uniformly from the ball, with the shape, dtype, device and layout of `like`."""
+    def random_start(
+        self,
+        like: Tensor,
+        generator: torch.Generator,
+        *,
+        eps: float | Tensor | None = None,
+        free: Tensor | None = None,
+    ) -> Tensor:
+        """A δ drawn uniformly from the ball.
+
+        Args:
+            like: gives shape `[N, ...]`, dtype, device and memory layout.
+            generator: source of the randomness, on any device; numbers are drawn where it lives.
+            eps: radius, a number, 0-dimensional, or `[N, 1, ...]` with one for each record; None
+                means the ball's own.
+            free: True where δ may differ from 0, broadcastable to `like`; None means everywhere.
+                The draw is uniform in the ball of the free coordinates.
+        """
 
     @abstractmethod
-    def steepest(self, grad: Tensor) -> Tensor:
-        """argmax of ⟨grad, v⟩ over ‖v‖ ≤ 1: the direction of steepest ascent in this norm."""
+    def steepest(self, grad: Tensor, delta: Tensor, region: Region) -> Tensor:
+        """The v with ‖v‖ ≤ 1 that the loss rises fastest along, from δ.
+
+        Args:
+            grad: of the loss with respect to δ, `[N, ...]`, raw units.
+            delta: where the step starts, legal in `region`.
+            region: where δ may go.
+
+        Returns:
+            v, shaped like `grad`; zero where the gradient is zero or not finite.
+        """
 
     @abstractmethod
-    def project_(self, delta: Tensor) -> Tensor:
-        """The nearest point of the ball to δ, written in place into `delta` and returned."""
+    def project_(self, delta: Tensor, region: Region) -> Tensor:
+        """A legal δ near the given one: in ball and box. Written into `delta` and returned."""
 
     @abstractmethod
     def norm(self, delta: Tensor) -> Tensor:
         """‖δ_i‖ of each record, shape `[N]`."""
 
 
-def _empty_on_generator(like: Tensor, generator: torch.Generator) -> Tensor:
+def empty_on_generator(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Room for random numbers: like `like`, on the generator's device."""
     return torch.empty_like(like, device=generator.device)
+
+
+def per_record(like: Tensor) -> tuple[int, ...]:
+    """The shape `[N, 1, ...]`: one number a record, to broadcast over `like`."""
+    return (len(like),) + (1,) * (like.ndim - 1)
+
+
+def per_record_l2(t: Tensor) -> Tensor:
+    """‖t_i‖₂ for each record, shaped `[N, 1, ...]` so that it divides `t` in any memory layout."""
+    return torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim)), keepdim=True)
+
+
+def hold_(start: Tensor, free: Tensor | None) -> Tensor:
+    """Zero, in place, where δ may not change."""
+    return start if free is None else start.masked_fill_(~free, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,20 +112,29 @@ class Linf(Ball):
     """max_j |δ_j| ≤ eps: every input value may move by at most `eps`.
 
     Steepest ascent is the sign of the gradient and projection is a clamp (Madry et al. 2018,
-    arXiv 1706.06083).
+    arXiv 1706.06083). As the region's box lies within ±eps, ball and box are one clamp, and δ is
+    the nearest legal point.
     """
 
     name: ClassVar[str] = "linf"
 
-    def random_start(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        start = _empty_on_generator(like, generator)
-        return start.uniform_(-self.eps, self.eps, generator=generator).to(like.device)
+    def random_start(
+        self,
+        like: Tensor,
+        generator: torch.Generator,
+        *,
+        eps: float | Tensor | None = None,
+        free: Tensor | None = None,
+    ) -> Tensor:
+        start = empty_on_generator(like, generator).uniform_(-1, 1, generator=generator)
+        return hold_(start.to(like.device).mul_(self.eps if eps is None else eps), free)
 
-    def steepest(self, grad: Tensor) -> Tensor:
-        return grad.sign()
+    def steepest(self, grad: Tensor, delta: Tensor, region: Region) -> Tensor:
+        # The sign of NaN is 0 already, that of ±inf is not.
+        return grad.nan_to_num(0.0, 0.0, 0.0).sign_()
 
-    def project_(self, delta: Tensor) -> Tensor:
-        return delta.clamp_(-self.eps, self.eps)
+    def project_(self, delta: Tensor, region: Region) -> Tensor:
+        return delta.clamp_(region.lower, region.upper)
 
     def norm(self, delta: Tensor) -> Tensor:
         return delta.abs().flatten(1).amax(1)
@@ -94,31 +144,48 @@ class Linf(Ball):
 class L2(Ball):
     """√(Σ_j δ_j²) ≤ eps: the Euclidean length of the change is at most `eps`.
 
-    The random start is uniform in the *volume* of the ball: a Gaussian direction times
-    eps · U^(1/d), d being the number of values in a record. (A radius of eps · U would crowd the
-    starts around the clean input.)
+    The random start is uniform in the *volume* of the ball (Barthe et al. 2005, arXiv
+    math/0503650): for X_j ~ N(0, 1) and Y ~ Exp(1),
+
+        eps · X / √(Σ_j X_j² + 2Y)
+
+    needs no count of the free coordinates, as X_j = 0 leaves the others uniform in the ball of
+    their own dimension. (A radius of eps · U would crowd the starts around the clean input.)
     """
 
     name: ClassVar[str] = "l2"
 
-    def random_start(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        direction = _empty_on_generator(like, generator).normal_(generator=generator)
-        direction /= _per_record_l2(direction).clamp_min(torch.finfo(like.dtype).tiny)
-        values = max(like[0].numel(), 1) if len(like) else 1
-        radius = torch.empty(
-            (len(like),) + (1,) * (like.ndim - 1), dtype=like.dtype, device=generator.device
-        ).uniform_(generator=generator)
-        return direction.mul_(self.eps * radius.pow_(1 / values)).to(like.device)
+    def random_start(
+        self,
+        like: Tensor,
+        generator: torch.Generator,
+        *,
+        eps: float | Tensor | None = None,
+        free: Tensor | None = None,
+    ) -> Tensor:
+        start = empty_on_generator(like, generator).normal_(generator=generator)
+        spare = start.new_empty(per_record(like)).exponential_(generator=generator)
+        start, spare = hold_(start.to(like.device), free), spare.to(like.device)
+        length = (per_record_l2(start).square_() + 2 * spare).sqrt_()
+        return start.mul_((self.eps if eps is None else eps) / length)
 
-    def steepest(self, grad: Tensor) -> Tensor:
-        norm = _per_record_l2(grad)
-        # A zero or non-finite gradient gives no direction: stay, instead of moving to NaN.
-        usable = norm.isfinite() & (norm > 0)
-        return torch.where(usable, grad / torch.where(usable, norm, 1.0), 0.0)
+    def steepest(self, grad: Tensor, delta: Tensor, region: Region) -> Tensor:
+        # Divided by its largest value first, a gradient may be as small as floats go. Zeros give
+        # 0/0 and infinities inf/inf here, NaN stays: a record with any of them does not move.
+        largest = grad.abs().amax(tuple(range(1, grad.ndim)), keepdim=True)
+        direction = (grad / largest).nan_to_num_(0.0, 0.0, 0.0)
+        return direction.div_(per_record_l2(direction).clamp_min_(1.0))
 
-    def project_(self, delta: Tensor) -> Tensor:
-        norm = _per_record_l2(delta)
-        return delta.mul_(self.eps / norm.clamp_min(self.eps)) if self.eps else delta.zero_()
+    def project_(self, delta: Tensor, region: Region) -> Tensor:
+        """Onto the sphere where outside the ball, then into the box.
+
+        The box holds δ = 0, so that clipping only shortens each δ_j and never leaves the ball. The
+        result is legal, though not always the nearest point of ball ∩ box.
+        """
+        longest = torch.maximum(per_record_l2(delta), region.eps)
+        # The smallest number stands in for 0 where eps and δ are both 0.
+        scale = region.eps / longest.clamp_min_(torch.finfo(delta.dtype).tiny)
+        return delta.mul_(scale).clamp_(region.lower, region.upper)
 
     def norm(self, delta: Tensor) -> Tensor:
-        return _per_record_l2(delta).flatten()
+        return per_record_l2(delta).flatten()
