@@ -1,6 +1,18 @@
 """Attacks: x_adv = attack(model, x, y), inside a ball and a box, without a trace."""
 
 from defend.attacks.context import no_trace
-from defend.attacks.pgd import PGD, Attack
+from defend.attacks.free import Free
+from defend.attacks.pgd import PGD, Attack, AttackResult
+from defend.attacks.presets import fgsm_rs, n_fgsm
+from defend.attacks.torchattacks import TorchAttack
 
-__all__ = ["PGD", "Attack", "no_trace"]
+__all__ = [
+    "PGD",
+    "Attack",
+    "AttackResult",
+    "Free",
+    "TorchAttack",
+    "fgsm_rs",
+    "n_fgsm",
+    "no_trace",
+]

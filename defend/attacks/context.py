@@ -24,20 +24,31 @@ def _per_record_recorders(modules: list[nn.Module]) -> list[Any]:
 
 
 @contextmanager
-def no_trace(model: Callable[..., Any], device: torch.device) -> Iterator[None]:
+def no_trace(
+    model: Callable[..., Any], device: torch.device, *, freeze: bool = True
+) -> Iterator[None]:
     """Run an attack on `model`: eval mode, parameters frozen, autograd on, nothing left behind.
 
     Inside: every submodule is in eval mode, so BatchNorm statistics stand still and one record
-    cannot reach another; no parameter requires a gradient, so none is computed; per-record hooks
-    are off, so DP-SGD does not count the record twice; autograd works even under `no_grad` and
-    `inference_mode`. On leaving, also by an exception, all of it is as it was: `.training` of each
-    submodule on its own, `requires_grad`, every `.grad`, the per-record hooks and the global RNG
-    of the CPU and of `device`.
+    cannot reach another; no parameter requires a gradient, so none is computed and nothing kept
+    for it; per-record hooks are off, so DP-SGD does not count the record twice; autograd works
+    even under `no_grad` and `inference_mode`. On leaving, also by an exception, all of it is as it
+    was: `.training` of each submodule on its own, `requires_grad`, every `.grad`, the per-record
+    hooks and the global RNG of the CPU and of `device`.
+
+    Args:
+        model: what is attacked; a plain callable has nothing to leave behind.
+        device: where it runs.
+        freeze: whether parameters require no gradient inside. Autocast keeps the casts of only
+            those that do, and casts the others anew in every forward. An attack that asks
+            `torch.autograd.grad` for the gradient of its input alone computes no others anyway,
+            but for a compiled model, which is frozen in any case.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     training = [m for m in modules if m.training]
-    trainable = [p for p in parameters if p.requires_grad]
+    frozen = freeze or any(_is_compiled(m) for m in modules)
+    trainable = [p for p in parameters if p.requires_grad and frozen]
     recorders = [r for r in _per_record_recorders(modules) if r.hooks_enabled]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -61,6 +72,10 @@ def no_trace(model: Callable[..., Any], device: torch.device) -> Iterator[None]:
                 parameter.requires_grad_(True)
             for recorder in recorders:
                 recorder.enable_hooks()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def logits_of(output: Any) -> Tensor:

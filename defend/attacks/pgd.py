@@ -1,22 +1,38 @@
-"""Projected gradient ascent: the only gradient loop in defend, for every norm."""
+"""Projected gradient ascent: the only gradient attack in defend, for every norm."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import warnings
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from defend.attacks import graphs
+from defend.attacks.ascent import Ascent, Best, Model, PerRecordLoss, Problem
+from defend.attacks.climb import Climb
 from defend.attacks.context import logits_of, no_trace
-from defend.batching.chunks import chunk_bounds
+from defend.attacks.sizing import ChunkSize
+from defend.batching.chunks import check_chunk_size
+from defend.batching.memory import SHARE
 from defend.errors import InputError
+from defend.objectives.losses import (
+    cross_entropy,
+    in_full_precision,
+    kl,
+    margin,
+    targeted_margin,
+)
 from defend.threat.balls import Ball
 from defend.threat.inputs import InputSpace
 
-Model = Callable[..., Any]
-PerRecordLoss = Callable[[Tensor, Tensor], Tensor]
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LOSSES: dict[str, PerRecordLoss] = {
+    "ce": cross_entropy,
+    "margin": margin,
+    "kl": lambda logits, clean: kl(clean, logits),
+}
 
 
 class Attack(Protocol):
@@ -33,41 +49,22 @@ class Attack(Protocol):
     ) -> Tensor: ...
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of each record, shape `[N]`; y holds class indices or class probabilities."""
-    return F.cross_entropy(logits, y, reduction="none")
-
-
-_LOSSES: dict[str, PerRecordLoss] = {"ce": cross_entropy}
-
-
 @dataclasses.dataclass(frozen=True)
-class _Room:
-    """Where δ may go for one batch, in raw units, and how it reaches the model's input."""
+class AttackResult:
+    """What an attack made of a batch.
 
-    x: Tensor  # clean input, model units, compute dtype
-    lower: Tensor  # smallest legal δ, ≤ 0
-    upper: Tensor  # largest legal δ, ≥ 0
-    std: Tensor | None  # raw units in one model unit; None where they are the same
-    box: tuple[Tensor, Tensor]  # the legal box in model units
-    dtype: torch.dtype  # of the model's input
+    Attributes:
+        x_adv: like x, detached.
+        gradients: input gradients computed, one for each record and step.
+        zero_gradients: how many of them were zero in every value, so that the attack could not
+            move (masked gradients, a saturated loss); a 0-dimensional tensor on x's device.
+        nonfinite_gradients: how many held NaN or infinity; likewise.
+    """
 
-    def apply(self, delta: Tensor) -> Tensor:
-        """x + δ as the model sees it."""
-        return self._moved(delta).to(self.dtype)
-
-    def result(self, delta: Tensor) -> Tensor:
-        """x + δ, in the box in spite of rounding."""
-        return self._moved(delta).clamp_(*self.box).to(self.dtype)
-
-    def _moved(self, delta: Tensor) -> Tensor:
-        return self.x + (delta if self.std is None else delta / self.std)
-
-    def rows(self, start: int, stop: int) -> Self:
-        cut = slice(start, stop)
-        return dataclasses.replace(
-            self, x=self.x[cut], lower=self.lower[cut], upper=self.upper[cut]
-        )
+    x_adv: Tensor
+    gradients: int
+    zero_gradients: Tensor
+    nonfinite_gradients: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,32 +73,48 @@ class PGD:
 
     From a random δ₀ in the ball, `steps` times:
 
-        δ ← clip_box( project_ball( δ + step_size · steepest(∇_δ Σᵢ loss(model(x + δ)ᵢ, yᵢ)) ) )
+        δ ← project( δ + step_size · steepest(∇_δ Σᵢ loss(model(x + δ)ᵢ, yᵢ)) )
 
-    Losses are summed, not averaged, so that the gradient of record i does not depend on the size
-    of the batch; the model is in eval mode, so it does not depend on the other records either.
-    δ, projection and loss are kept in float32 (float64 for float64 inputs) whatever the dtype of
-    the input or the autocast in force.
+    projecting onto ball and box. Losses are summed, not averaged, so that the gradient of record i
+    does not depend on the size of the batch; the model is in eval mode, so it does not depend on
+    the other records either. δ, projection and loss are kept in float32 (float64 for float64
+    inputs) whatever the dtype of the input or the autocast in force.
 
     Args:
-        ball: threat model, `Linf(eps)` or `L2(eps)`, in raw units.
+        ball: threat model, `Linf(eps)`, `L2(eps)` or `L1(eps)`, in raw units.
         steps: gradient steps, ≥ 1.
         step_size: length of a step in raw units; None means 2.5 · eps / steps, which is the
             2/255 of Madry's 8/255 in 10 steps.
         random_start: start uniformly in the ball rather than at the clean input.
+        start_radius: radius that the start is drawn from, in raw units; None means `eps`.
         restarts: independent runs from new random starts; each record keeps its best one, a
             misclassified one before any other and then the one of highest loss.
-        loss: "ce", or a callable (logits, y) → loss of each record, shape `[N]`, to be increased.
+        loss: what is increased: "ce" (cross-entropy), "margin" (difference of logits ratio),
+            "kl" (divergence from the clean input's logits; needs no y), or a callable
+            (logits, y) → loss of each record, shape `[N]`.
+        targeted: y is the class that the attacker wants; the loss is decreased.
+        iterate: which δ of a run to return: the "last", or the "best", judged as restarts are, at
+            the price of one more forward. None means the last, and the best in `evaluate` and
+            `RobustnessEvaluation`.
+        stop_when_fooled: a record that fools the model stays where it is, and the batch shrinks to
+            those still standing. Asks the device for their number once a step.
+        precision: "fp32", "bf16" or "fp16" autocast for the attack's forwards and backwards,
+            apart from the training's; None means the autocast in force.
         inputs: the legal box, with mean and std where batches are normalized.
+        cuda_graphs: on a GPU, capture a step when a shape comes up the second time, and replay it.
+            What the forward decides in Python is then decided once (a change of the model's
+            attributes is noticed, one of a list or closure only by a check now and then); where
+            capturing fails, a log line says why and steps run one by one.
 
     *Guarantees.* For x in the box: ‖x_adv − x‖ ≤ eps in raw units and x_adv in the box, both to
     the rounding of x's dtype; same shape, dtype, device and layout; row i of x_adv depends on
     row i of x and y, the weights and the generator only. The model and the global RNG are left as
-    they were (`no_trace`).
+    they were (`no_trace`). Between the check of the inputs and the result, the host waits for the
+    device nowhere, but under `stop_when_fooled`, and where a graph is captured or checked.
 
     Raises:
         InputError: for settings out of range; on call, for inputs that are not floating point,
-            lie outside the box or do not match y.
+            lie outside the box or do not match y, and for a radius or mask that does not fit.
     """
 
     ball: Ball
@@ -109,9 +122,17 @@ class PGD:
     steps: int = 10
     step_size: float | None = None
     random_start: bool = True
+    start_radius: float | None = None
     restarts: int = 1
     loss: str | PerRecordLoss = "ce"
+    targeted: bool = False
+    iterate: str | None = None
+    stop_when_fooled: bool = False
+    precision: str | None = None
     inputs: InputSpace = InputSpace()
+    cuda_graphs: bool = True
+
+    losses: ClassVar[tuple[str, ...]] = tuple(_LOSSES)
 
     def __post_init__(self) -> None:
         for name in ("steps", "restarts"):
@@ -120,15 +141,36 @@ class PGD:
                 raise InputError(f"Expected `{name}` to be an integer ≥ 1, got {value!r}.")
         if self.step_size is not None and not self.step_size > 0:
             raise InputError(f"Expected `step_size` to be > 0 or None, got {self.step_size}.")
+        if self.start_radius is not None and not 0 < self.start_radius < float("inf"):
+            raise InputError(f"Expected `start_radius` to be > 0 or None, got {self.start_radius}.")
         if isinstance(self.loss, str) and self.loss not in _LOSSES:
             raise InputError(
                 f"Expected `loss` to be one of {sorted(_LOSSES)} or a callable "
                 f"(logits, y) -> [N], got {self.loss!r}."
             )
-        if self.restarts > 1 and not self.random_start:
+        if self.iterate not in (None, "last", "best"):
+            raise InputError(f"Expected `iterate` to be 'last' or 'best', got {self.iterate!r}.")
+        if self.precision not in (None, *_PRECISIONS):
+            raise InputError(
+                f"Expected `precision` to be None or one of {sorted(_PRECISIONS)}, got "
+                f"{self.precision!r}."
+            )
+        if self.targeted and self.loss == "kl":
+            raise InputError(
+                "Expected another loss than 'kl' with targeted=True: the divergence from the "
+                "clean input knows no target. Use 'ce' or 'margin'."
+            )
+        if self.random_start:
+            return
+        if self.restarts > 1:
             raise InputError(
                 "Expected `random_start=True` with restarts > 1, got False: every restart would "
                 "be the same run."
+            )
+        if self.loss == "kl":
+            raise InputError(
+                "Expected `random_start=True` with loss='kl', got False: the divergence has no "
+                "gradient at the clean input itself."
             )
 
     @property
@@ -137,10 +179,22 @@ class PGD:
         return 2.5 * self.ball.eps / self.steps if self.step_size is None else self.step_size
 
     def with_eps(self, eps: float) -> Self:
-        """The same attack at another radius, its step size scaled along."""
+        """The same attack at another radius, its step size and start scaled along."""
         scale = eps / self.ball.eps if self.ball.eps else 1.0
-        step_size = None if self.step_size is None else self.step_size * scale or None
-        return dataclasses.replace(self, ball=self.ball.with_eps(eps), step_size=step_size)
+
+        def scaled(length: float | None) -> float | None:
+            return None if length is None else length * scale or None
+
+        return dataclasses.replace(
+            self,
+            ball=self.ball.with_eps(eps),
+            step_size=scaled(self.step_size),
+            start_radius=scaled(self.start_radius),
+        )
+
+    def for_evaluation(self) -> Self:
+        """The same attack, returning its best iterate unless `iterate` says otherwise."""
+        return dataclasses.replace(self, iterate=self.iterate or "best")
 
     def __call__(
         self,
@@ -149,9 +203,11 @@ class PGD:
         y: Tensor,
         *,
         generator: torch.Generator | None = None,
-        chunk_size: int | None = None,
+        chunk_size: int | str | None = "auto",
+        eps: float | Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Attack a batch.
+        """Attack a batch; warns where gradients were not finite.
 
         Args:
             model: a module or callable; model(x) gives logits `[N, classes]`.
@@ -160,32 +216,67 @@ class PGD:
             generator: source of the random start; None draws from fresh OS entropy. The global
                 RNG is never read, so pass a seeded one for results that repeat.
             chunk_size: most rows to run through the model at once; the random start is drawn for
-                the whole batch first, so the result does not depend on it.
+                the whole batch first, so the result does not depend on it. "auto": on a GPU what
+                fits into its memory, elsewhere the whole batch. A chunk that does not fit after
+                all is halved.
+            eps: another radius than the ball's: a number, or one for each record, `[N]`. Step size
+                and start scale along.
+            mask: True where x may change; any shape that broadcasts to x's.
 
         Returns:
             x_adv, detached.
         """
+        result = self.run(
+            model, x, y, generator=generator, chunk_size=chunk_size, eps=eps, mask=mask
+        )
+        broken = int(result.nonfinite_gradients)
+        if broken:
+            warnings.warn(
+                f"{broken} of {result.gradients} input gradients were not finite; the attack is "
+                "weaker than it looks. Look for overflow in the model (fp16?) or a loss of log(0).",
+                stacklevel=2,
+            )
+        return result.x_adv
+
+    def run(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        chunk_size: int | str | None = "auto",
+        eps: float | Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> AttackResult:
+        """As a call, with the counts of useless gradients; they are left on the device."""
         self._check(x, y)
+        check_chunk_size(chunk_size)
         if len(x) == 0:
-            return x.detach().clone()
+            none = torch.zeros((), dtype=torch.int64, device=x.device)
+            return AttackResult(x.detach().clone(), 0, none, none)
         if generator is None:
             generator = torch.Generator(device=x.device)
             generator.seed()
-        with no_trace(model, x.device):
+        graphed = self._may_capture(model, x)
+        with no_trace(model, x.device, freeze=graphed or not self._casts(x.device)):
             # Clones made here are ordinary tensors even where x was made in inference mode.
             clean, y = x.detach().clone(), y.detach().clone() if y.is_inference() else y.detach()
-            room = self._room(clean)
-            best = self._run(model, room, y, generator, chunk_size)
-            if self.restarts > 1:
-                score = partial(self._score, model, room, y, chunk_size=chunk_size)
-                best_score = score(best)
-                for _ in range(self.restarts - 1):
-                    delta = self._run(model, room, y, generator, chunk_size)
-                    new_score = score(delta)
-                    better = new_score > best_score
-                    best[better] = delta[better]
-                    best_score = torch.maximum(best_score, new_score)
-            return room.result(best)
+            problem = self._problem(clean, y, eps, mask)
+            with self._autocast(x.device):
+                climb = Climb(
+                    problem,
+                    start=partial(self.start, problem, generator),
+                    ascent=partial(self.ascent, model),
+                    steps=self.steps,
+                    restarts=self.restarts,
+                    stop_when_fooled=self.stop_when_fooled,
+                    graphed=graphed,
+                    size=self._chunk_size(model, x),
+                    asked=chunk_size,
+                )
+                x_adv = problem.result(climb.best())
+        return AttackResult(x_adv, climb.gradients, *climb.counts)
 
     def _check(self, x: Tensor, y: Tensor) -> None:
         if not x.is_floating_point():
@@ -202,83 +293,88 @@ class PGD:
                 f"Expected one target a record, got {len(x)} inputs, {len(y)} targets."
             )
 
-    def _room(self, x: Tensor) -> _Room:
+    def _problem(
+        self, x: Tensor, y: Tensor, eps: float | Tensor | None, mask: Tensor | None
+    ) -> Problem:
         compute = x.to(torch.promote_types(x.dtype, torch.float32))
         raw = self.inputs.to_raw(compute)
         self.inputs.check(raw, x.dtype)
-        moments = self.inputs.moments(compute)
-        low, high = (compute.new_tensor(v) for v in (self.inputs.low, self.inputs.high))
-        return _Room(
+        region = self.inputs.region(raw, self.ball.eps if eps is None else eps, mask)
+        low, high = self.inputs.bounds(compute)
+        std = None
+        if (moments := self.inputs.moments(compute)) is not None:
+            mean, std = moments
+            low, high = (low - mean) / std, (high - mean) / std
+        return Problem(
             x=compute,
-            # Rounding may leave x a hair outside the box: δ = 0 stays legal all the same.
-            lower=(low - raw).clamp_max_(0),
-            upper=(high - raw).clamp_min_(0),
-            std=None if moments is None else moments[1],
-            box=(low, high)
-            if moments is None
-            else ((low - moments[0]) / moments[1], (high - moments[0]) / moments[1]),
+            y=y,
+            target=y,
+            region=region,
+            step_size=self._scaled(self.step_size, 2.5 / self.steps, region.eps),
+            std=std,
+            box=(low, high),
             dtype=x.dtype,
         )
 
-    def _run(
-        self,
-        model: Model,
-        room: _Room,
-        y: Tensor,
-        generator: torch.Generator,
-        chunk_size: int | None,
-    ) -> Tensor:
-        if self.random_start:
-            delta = self.ball.random_start(room.x, generator).clamp_(room.lower, room.upper)
-        else:
-            delta = torch.zeros_like(room.x)
-        for start, stop in chunk_bounds(len(delta), chunk_size):
-            self._ascend_(model, room.rows(start, stop), y[start:stop], delta[start:stop])
-        return delta
+    def _scaled(self, value: float | None, default: float, eps: Tensor) -> Tensor:
+        """A length that is `value` at the ball's own radius and grows with the radius in force."""
+        if value is None:
+            return eps * default
+        return eps * (value / self.ball.eps) if self.ball.eps else torch.full_like(eps, value)
 
-    def _ascend_(self, model: Model, room: _Room, y: Tensor, delta: Tensor) -> None:
-        """The loop. Writes the result into `delta`; no host-device sync inside."""
-        step_size = self.effective_step_size
-        for _ in range(self.steps):
-            adv = room.apply(delta).requires_grad_()
-            loss = self._losses(model, adv, y).sum()
-            (grad,) = torch.autograd.grad(loss, adv)
-            grad = grad.to(delta.dtype)
-            if room.std is not None:
-                grad = grad / room.std  # ∂/∂δ_raw = ∂/∂x_model · ∂x_model/∂δ_raw
-            delta.add_(self.ball.steepest(grad), alpha=step_size)
-            # Ball first, then box: the box holds δ = 0, so clipping never leaves the ball.
-            self.ball.project_(delta).clamp_(room.lower, room.upper)
+    def start(self, problem: Problem, generator: torch.Generator) -> Tensor:
+        """δ₀ of every record of the batch."""
+        region = problem.region
+        if not self.random_start:
+            return torch.zeros_like(problem.x)
+        radius = self._scaled(self.start_radius, 1.0, region.eps)
+        delta = self.ball.random_start(problem.x, generator, eps=radius, free=region.free)
+        # A start wider than the ball comes back to it: it may be the best that is found.
+        return self.ball.project_(delta, region)
 
-    def _losses(self, model: Model, adv: Tensor, y: Tensor) -> Tensor:
-        return self._losses_of(logits_of(model(adv)), y)
+    def ascent(self, model: Model, problem: Problem, delta: Tensor) -> Ascent:
+        """One run over some records, from `delta`, which it moves."""
+        if self.loss == "kl":
+            # With a graph, though nobody needs it: autocast would keep casts of weights without.
+            clean = in_full_precision(logits_of(model(problem.apply(torch.zeros_like(delta)))))
+            problem = dataclasses.replace(problem, target=clean.detach())
+        return Ascent(
+            model=model,
+            loss=self._loss(),
+            ball=self.ball,
+            problem=problem,
+            delta=delta,
+            targeted=self.targeted,
+            best=Best.none(delta) if self.iterate == "best" else None,
+            counts=torch.zeros(2, dtype=torch.int64, device=delta.device),
+        )
 
-    def _losses_of(self, logits: Tensor, y: Tensor) -> Tensor:
-        per_record = _LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
-        losses = per_record(logits.to(torch.promote_types(logits.dtype, torch.float32)), y)
-        if losses.shape != y.shape[:1]:
-            raise InputError(
-                f"Expected `loss` to return one value a record, shape ({len(y)},), got "
-                f"{tuple(losses.shape)}. Use reduction='none'."
-            )
-        return losses
+    def _loss(self) -> PerRecordLoss:
+        if not isinstance(self.loss, str):
+            return self.loss
+        return targeted_margin if self.targeted and self.loss == "margin" else _LOSSES[self.loss]
 
-    @torch.no_grad()
-    def _score(
-        self,
-        model: Model,
-        room: _Room,
-        y: Tensor,
-        delta: Tensor,
-        chunk_size: int | None,
-    ) -> Tensor:
-        """How good each record's δ is: +inf where it fools the model, else its loss."""
-        scores = []
-        for start, stop in chunk_bounds(len(delta), chunk_size):
-            logits = logits_of(model(room.rows(start, stop).apply(delta[start:stop])))
-            target = y[start:stop]
-            label = target if target.ndim == 1 else target.argmax(1)
-            losses = self._losses_of(logits, target).float()
-            fooled = (logits.argmax(1) != label) | ~losses.isfinite()
-            scores.append(losses.masked_fill(fooled, float("inf")))
-        return torch.cat(scores)
+    def _chunk_size(self, model: Model, x: Tensor) -> ChunkSize:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        key = (x.shape[1:], x.dtype, self.ball.name, self.iterate, self.precision, autocast)
+        return ChunkSize(model, key, x.device, SHARE)
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        if self.precision is None:
+            return contextlib.nullcontext()
+        dtype = _PRECISIONS[self.precision]
+        if dtype == torch.float32:
+            return torch.autocast(device.type, enabled=False)
+        return torch.autocast(device.type, dtype)
+
+    def _casts(self, device: torch.device) -> bool:
+        """Whether autocast will keep casts of the weights, in the dtype that the attack needs."""
+        kind = device.type
+        outer = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if self.precision is None:
+            return outer is not None
+        # One cache for all: casts in another dtype than the training's would meet it there.
+        return self.precision != "fp32" and outer in (None, _PRECISIONS[self.precision])
+
+    def _may_capture(self, model: Model, x: Tensor) -> bool:
+        return self.cuda_graphs and not self.stop_when_fooled and graphs.may_capture(model, x)
