@@ -14,19 +14,24 @@ Add callbacks to a Trainer and change no line of the module:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from defend.attacks import PGD
+from defend.attacks import PGD, Free, TorchAttack, fgsm_rs, n_fgsm
 from defend.errors import BudgetError, DefendError, InputError, PrivacyError
-from defend.evaluation import RobustnessReport, evaluate
-from defend.threat import L2, InputSpace, Linf
+from defend.evaluation import OverfittingAlarm, RobustnessReport, evaluate
+from defend.objectives import AWP, MART, TRADES, Madry
+from defend.threat import L1, L2, InputSpace, Linf
 
 if TYPE_CHECKING:
     from defend.callbacks import AdversarialTraining, DifferentialPrivacy, RobustnessEvaluation
     from defend.privacy import AdaptiveClipping, Decay, FlatClipping, PerLayerClipping, selftest
-    from defend.training import make_private
+    from defend.training import make_adversarial, make_private
 
 __all__ = [
+    "AWP",
+    "L1",
     "L2",
+    "MART",
     "PGD",
+    "TRADES",
     "AdaptiveClipping",
     "AdversarialTraining",
     "BudgetError",
@@ -34,15 +39,22 @@ __all__ = [
     "DefendError",
     "DifferentialPrivacy",
     "FlatClipping",
+    "Free",
     "InputError",
     "InputSpace",
     "Linf",
+    "Madry",
+    "OverfittingAlarm",
     "PerLayerClipping",
     "PrivacyError",
     "RobustnessEvaluation",
     "RobustnessReport",
+    "TorchAttack",
     "evaluate",
+    "fgsm_rs",
+    "make_adversarial",
     "make_private",
+    "n_fgsm",
     "selftest",
 ]
 
@@ -58,6 +70,7 @@ _LATER = {
     "FlatClipping": "defend.privacy",
     "PerLayerClipping": "defend.privacy",
     "selftest": "defend.privacy",
+    "make_adversarial": "defend.training",
     "make_private": "defend.training",
 }
 

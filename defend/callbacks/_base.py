@@ -1,10 +1,12 @@
 """What all of defend's callbacks share: clean up however a run ends, and leave evidence."""
 
+import dataclasses
 import json
 import os
 import tempfile
 import uuid
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from defend.callbacks._seams import Seams
+
+# An `Attack`, under a name by which LightningCLI builds one from a class path: jsonargparse takes
+# a protocol of a function that returns tensors for one of classes that are tensors.
+BuildableAttack = Callable[..., Any]
 
 
 class DefendCallback(Callback):
@@ -34,8 +40,9 @@ class DefendCallback(Callback):
         weakref.finalize(self, _discard, self._mailbox, self._home)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, and a pickle, do not hold a trainer."""
-        return {**vars(self), "_trainer": None} if "_trainer" in vars(self) else vars(self)
+        """A copy, and a pickle, hold no trainer, nor anything of its fit."""
+        of_a_fit = {"_trainer", "_seams", "_stopwatch"} & set(vars(self))
+        return {**vars(self), **dict.fromkeys(of_a_fit)}
 
     def settings(self) -> dict[str, Any]:
         """Facts known before the first step; logged as parameters `defend/<name>`."""
@@ -135,12 +142,53 @@ def _gather(trainer: pl.Trainer, what: str) -> dict[str, Any]:
 def describe_attack(attack: Any) -> dict[str, Any]:
     """The threat model of an attack, as far as the attack tells."""
     ball = getattr(attack, "ball", None)
+    restarts = getattr(attack, "restarts", 1)
     facts = {
-        "attack": type(attack).__name__,
+        "attack": _name_of(attack),
         "ball": getattr(ball, "name", None),
-        "eps": getattr(ball, "eps", None),
+        "eps": getattr(ball, "eps", getattr(attack, "eps", None)),
         "attack_steps": getattr(attack, "steps", None),
         "attack_step_size": getattr(attack, "effective_step_size", None),
+        "attack_loss": _loss_of(attack),
+        "attack_restarts": None if restarts == 1 else restarts,
+        "replays": getattr(attack, "replays", None),
         "inputs": getattr(attack, "inputs", None),
+        "attack_settings": brief(attack) if dataclasses.is_dataclass(attack) else None,
     }
-    return {name: value for name, value in facts.items() if value is not None}
+    return {
+        name: brief(value) if dataclasses.is_dataclass(value) else value
+        for name, value in facts.items()
+        if value is not None
+    }
+
+
+def _name_of(attack: Any) -> str:
+    """Its class; for one that stands for many, with the name of the one."""
+    kind = getattr(attack, "__name__", type(attack).__name__)
+    name = getattr(attack, "name", None)
+    return f"{kind}({name})" if isinstance(name, str) else kind
+
+
+def _loss_of(attack: Any) -> Any:
+    loss = getattr(attack, "loss", None)
+    return loss if loss is None or isinstance(loss, str) else brief(loss)
+
+
+def brief(value: Any) -> str:
+    """`repr` in short: of a dataclass only what is not its default, of a function its name."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return getattr(value, "__qualname__", None) or repr(value)
+    parts = []
+    for field in dataclasses.fields(value):
+        given = getattr(value, field.name)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            parts.append(brief(given))
+        elif given != _default_of(field):
+            parts.append(f"{field.name}={brief(given)}")
+    return f"{type(value).__name__}({', '.join(parts)})"
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default

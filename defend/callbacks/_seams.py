@@ -8,20 +8,36 @@ what they want done; so their order in the list of callbacks changes nothing:
 
     batch → attack (the whole logical batch) → split → training_step and backward, chunk by chunk
 
+or, where the run is not private,
+
+    batch → attack → training_step → the objective's own term → backward → weights and δ
+
 A fourth one is for metrics: what `self.log` hands to the training loop's results.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
 
 
-class BatchTransform(Protocol):
-    """Registered by adversarial training: replaces a batch before the user's step sees it."""
+class Adversary(Protocol):
+    """Registered by adversarial training: what it does before, around and after a step.
+
+    `transform` gives the adversarial batch, for a step that a `StepRunner` runs. `run` attacks,
+    runs the step and completes its loss; `backward` is around the backward, and undoes what `run`
+    did to the weights.
+    """
 
     def transform(self, batch: Any, module: torch.nn.Module) -> Any: ...
+
+    def run(self, batch: Any, module: torch.nn.Module, step: Callable[[Any], Any]) -> Any: ...
+
+    def backward(self) -> AbstractContextManager[None]: ...
+
+    def replace_loader(self, loader: Any) -> Any: ...
 
 
 class StepRunner(Protocol):
@@ -48,13 +64,13 @@ class Seams:
     """What is wrapped on one trainer's strategy.
 
     Attributes:
-        adversary: replaces batches, or None.
+        adversary: replaces batches and completes their losses, or None.
         private: runs steps in chunks and replaces the training loader, or None.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self.trainer = trainer
-        self.adversary: BatchTransform | None = None
+        self.adversary: Adversary | None = None
         self.private: StepRunner | None = None
         self._log: Callable[..., None]
         self._training_step = trainer.strategy.training_step
@@ -94,22 +110,25 @@ class Seams:
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands in for `strategy.training_step`."""
-        if self.adversary is not None:
-            batch = self.adversary.transform(batch, self.trainer.lightning_module)
-        if self.private is None:
-            return self._training_step(batch, *args, **kwargs)
+        adversary, module = self.adversary, self.trainer.lightning_module
 
-        def step(chunk: Any) -> Any:
-            self._weigh_logs_by(chunk)
-            return self._training_step(chunk, *args, **kwargs)
+        def step(part: Any) -> Any:
+            if self.private is not None:
+                self._weigh_logs_by(part)
+            return self._training_step(part, *args, **kwargs)
 
-        return self.private.run(batch, step, self._backward)
+        if self.private is not None:
+            if adversary is not None:
+                batch = adversary.transform(batch, module)
+            return self.private.run(batch, step, self._backward)
+        return step(batch) if adversary is None else adversary.run(batch, module, step)
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Stands in for `strategy.backward`."""
         if self.private is not None:
             return loss  # done already, chunk by chunk, in `training_step`
-        return self._backward(loss, *args, **kwargs)
+        with nullcontext() if self.adversary is None else self.adversary.backward():
+            return self._backward(loss, *args, **kwargs)
 
     def log(self, fx: str, name: str, *args: Any, **kwargs: Any) -> None:
         """Stands in for the training results' `log`."""
@@ -119,9 +138,11 @@ class Seams:
     def process_dataloader(self, dataloader: object) -> object:
         """Stands in for `strategy.process_dataloader`."""
         loader = self._process_dataloader(dataloader)
-        if self.private is None or not self.trainer.training:
+        if not self.trainer.training:
             return loader
-        return self.private.replace_loader(loader)
+        if self.private is not None:
+            return self.private.replace_loader(loader)
+        return loader if self.adversary is None else self.adversary.replace_loader(loader)
 
     def _weigh_logs_by(self, chunk: Any) -> None:
         """Epoch means of `self.log` weigh each value by the rows it was computed from."""

@@ -1,16 +1,26 @@
 """Adversarial training of an unmodified LightningModule."""
 
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from defend.attacks.pgd import Attack
-from defend.batching.chunks import check_chunk_size
-from defend.batching.fields import get_field, with_field
-from defend.callbacks._base import DefendCallback, describe_attack
+from defend.attacks.free import Free
+from defend.batching.replay import Replayed
+from defend.callbacks import _alarm
+from defend.callbacks._base import BuildableAttack, DefendCallback, brief, describe_attack
+from defend.callbacks._refusals import refuse_beside_manual_optimization, refuse_beside_privacy
 from defend.callbacks._seams import Seams
+from defend.callbacks.privacy import DifferentialPrivacy
 from defend.errors import InputError
+from defend.evaluation.overfitting import OverfittingAlarm
+from defend.objectives import Madry, Objective
+from defend.training.adversarial import AdversarialSettings, AdversarialSteps, AttackedBatch
+from defend.training.stopwatch import Stopwatch
 
 
 class AdversarialTraining(DefendCallback):
@@ -18,8 +28,10 @@ class AdversarialTraining(DefendCallback):
 
     The inner maximum is `attack`, run on each training batch just before the step; the outer
     minimum is the user's own `training_step`, which sees the adversarial batch in place of the
-    clean one (Madry et al. 2018, arXiv 1706.06083). No line of the module changes. Works with
-    automatic and manual optimization, gradient accumulation, mixed precision and DDP.
+    clean one (Madry et al. 2018, arXiv 1706.06083). Other objectives add a term to its loss: a
+    second forward of the module, on the other batch, aligned row by row. No line of the module
+    changes. Works with automatic optimization, gradient accumulation, mixed precision and DDP; with
+    manual optimization where only the inputs change (`Madry`, and not `Free`).
 
     The attack calls the module's `forward`, which must return logits (or an object with
     `logits`), in eval mode and under the trainer's precision. Its random starts come from a
@@ -28,45 +40,88 @@ class AdversarialTraining(DefendCallback):
     secret and new at each run: were they known, leaving one record out would change the starts of
     all records after it, and with them the clipped sum by more than C.
 
+    Logs, after each epoch, `attack/zero_grad_rate` and `attack/nonfinite_grad_rate` (gradients
+    that were of no use), `attack/seconds_share` (of the epoch, spent in attacks) and, while it
+    warms up, `attack/eps_share`; with the alarm, `attack/pgd_accuracy` and
+    `attack/overfitting`.
+
     Args:
-        attack: what to train against, for example `PGD(Linf(8 / 255), steps=10)`.
+        attack: what to train against: `PGD(Linf(8 / 255), steps=10)`; cheap ones are `fgsm_rs`,
+            `n_fgsm` and `Free`; `TorchAttack` takes one from torchattacks.
+        objective: `Madry()`, `TRADES(beta)`, `MART(beta)`, or `AWP(...)` of these. It says what the
+            attack increases, unless the attack has another loss than "ce". With TRADES the
+            training step sees the clean batch, with the others the adversarial one; its loss must
+            be the mean over the rows.
+        clean_fraction: part of the records of each batch that stay clean, in [0, 1).
+        warmup_epochs: eps grows linearly from 0 over so many epochs (Gowal et al. 2020).
+        alarm: looks out for catastrophic overfitting, to which one-step attacks are prone: a few
+            records are attacked with PGD now and then (`OverfittingAlarm`, which can go on with
+            PGD). "auto": where the attack is a PGD of one step and the run is not private. None:
+            never.
         input_key: where the inputs are in a batch: a position in a list or tuple, a name in a
             dict, either in a namedtuple or dataclass.
         target_key: likewise for the targets.
-        chunk_size: most rows attacked at once. "auto": the whole batch, or the private chunk
-            under `DifferentialPrivacy`. Does not change the result.
+        chunk_size: most rows attacked at once. "auto": what fits, or the private chunk under
+            `DifferentialPrivacy`. Does not change the result.
 
     Raises:
-        InputError: at the first step, if the batch has no such fields or its inputs lie outside
-            the attack's `InputSpace`.
+        InputError: for settings that do not go together; at the first step, if the batch has no
+            such fields or its inputs lie outside the attack's `InputSpace`.
+        PrivacyError: at the start of `fit`, for what would break the guarantee of
+            `DifferentialPrivacy` beside it.
     """
 
     def __init__(
         self,
-        attack: Attack,
+        attack: BuildableAttack | Free,
         *,
+        objective: Objective = Madry(),
+        clean_fraction: float = 0.0,
+        warmup_epochs: float = 0,
+        alarm: OverfittingAlarm | str | None = "auto",
         input_key: int | str = 0,
         target_key: int | str = 1,
         chunk_size: int | str | None = "auto",
     ) -> None:
         super().__init__()
-        if not callable(attack):
-            raise InputError(
-                f"Expected `attack` to be an attack such as PGD(Linf(8 / 255)), got {attack!r}."
-            )
-        check_chunk_size(chunk_size)
-        self.attack = attack
-        self.input_key = input_key
-        self.target_key = target_key
-        self.chunk_size = chunk_size
+        self._settings = AdversarialSettings(
+            attack,
+            objective=objective,
+            clean_fraction=clean_fraction,
+            warmup_epochs=warmup_epochs,
+            input_key=input_key,
+            target_key=target_key,
+            chunk_size=chunk_size,
+        )
+        self._steps = AdversarialSteps(self._settings)
+        self._alarm = alarm
+        self._watch = _alarm.chosen_watch(alarm, self._steps.attack)
+        self._warned = self._switched = False
         self._seed: int | None = None
+        self._forget_last_fit()
+
+    def _forget_last_fit(self) -> None:
         self._trainer: pl.Trainer | None = None
         self._seams: Seams | None = None
+        self._stopwatch: Stopwatch | None = None
+        self._epoch_start = 0.0
+
+    @property
+    def attack(self) -> Any:
+        """The attack that is trained against now."""
+        self.collect()
+        return self._steps.attack
+
+    # --- start and end of a fit -------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        self.collect(in_copy=True)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        if any(isinstance(c, DifferentialPrivacy) for c in callbacks):
+            refuse_beside_privacy(self._settings, self._alarm)
         seams = Seams.of(trainer)
         if seams.adversary not in (None, self):
             raise InputError("Expected one AdversarialTraining callback, got two.")
@@ -76,32 +131,99 @@ class AdversarialTraining(DefendCallback):
             # Read, not drawn: the global RNG stays where it is.
             self._seed = torch.initial_seed() % 2**62
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not pl_module.automatic_optimization:
+            refuse_beside_manual_optimization(self._settings)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._epoch_start = time.perf_counter()  # of an epoch that is taken up in its middle
+
+    def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._steps.restore_weights()
+        self._forget_last_fit()
+
+    # --- one step ---------------------------------------------------------------------------------
+
     def transform(self, batch: Any, module: torch.nn.Module) -> Any:
-        """The batch with its inputs replaced by adversarial ones; the batch itself is untouched."""
+        """The adversarial batch; the batch itself is untouched."""
         trainer, seams = self._trainer, self._seams
         assert trainer is not None
         assert seams is not None
-        x, y = get_field(batch, self.input_key), get_field(batch, self.target_key)
-        if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
-            raise InputError(
-                f"Expected tensors at input_key={self.input_key!r} and "
-                f"target_key={self.target_key!r}, got {type(x).__name__} and {type(y).__name__}."
-            )
-        if seams.private is None:
-            generator, chunk_size = self._generator(trainer, x.device), None
-        else:
-            generator = seams.private.attack_generator(x.device)
-            chunk_size = seams.private.step_chunk_size
-        size = chunk_size if self.chunk_size == "auto" else self.chunk_size
+        if module is trainer.lightning_module:
+            return self._attacked(batch, module).batch
+        # A copy, on which a private step is tried out: at full strength, and not counted.
+        assert seams.private is not None
+        x, _ = self._steps.inputs_of(batch)
         with trainer.precision_plugin.forward_context():
-            x_adv = self.attack(
-                module,
-                x,
-                y,
-                generator=generator,
-                chunk_size=size,  # type: ignore[arg-type]
+            return (
+                AdversarialSteps(self._settings)
+                .attacked(
+                    module,
+                    batch,
+                    generator=seams.private.attack_generator(x.device),
+                    epochs=math.inf,
+                    chunk_size=seams.private.step_chunk_size,
+                    private=True,
+                )
+                .batch
             )
-        return with_field(batch, self.input_key, x_adv)
+
+    def run(self, batch: Any, module: torch.nn.Module, step: Callable[[Any], Any]) -> Any:
+        """What the training step returns for the attacked batch, its loss completed."""
+        steps, trainer = self._steps, self._trainer
+        assert trainer is not None
+        precision = trainer.precision_plugin.forward_context
+        made = self._attacked(batch, module)
+        try:
+            with steps.step(module, made, precision=precision):
+                output = step(made.batch)
+            if output is None:  # Lightning skips the batch
+                steps.restore_weights()
+                return None
+            with precision():
+                penalty = steps.penalty(module, made)
+        except BaseException:
+            steps.restore_weights()
+            raise
+        return output if penalty is None else _with_penalty(output, penalty)
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Around the backward: weights go back to where the optimizer is to move them from."""
+        try:
+            yield
+            self._steps.after_backward()
+        finally:
+            self._steps.restore_weights()
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._steps.restore_weights()  # before the module's own hook looks at them
+
+    def replace_loader(self, loader: Any) -> Any:
+        """Free trains each batch several times in a row."""
+        attack = self._steps.attack
+        return Replayed(loader, attack.replays) if isinstance(attack, Free) else loader
+
+    def _attacked(self, batch: Any, module: torch.nn.Module) -> AttackedBatch:
+        trainer, seams = self._trainer, self._seams
+        assert trainer is not None
+        assert seams is not None
+        x, _ = self._steps.inputs_of(batch)
+        private, device = seams.private, x.device
+        with self._stopwatch_on(device), trainer.precision_plugin.forward_context():
+            return self._steps.attacked(
+                module,
+                batch,
+                generator=(
+                    self._generator(trainer, device)
+                    if private is None
+                    else private.attack_generator(device)
+                ),
+                epochs=_epochs(trainer),
+                chunk_size="auto" if private is None else private.step_chunk_size,
+                private=private is not None,
+            )
 
     def _generator(self, trainer: pl.Trainer, device: torch.device) -> torch.Generator:
         """A generator for this batch, on this rank: equal on resume, different everywhere else."""
@@ -110,14 +232,105 @@ class AdversarialTraining(DefendCallback):
         key = hash((self._seed, trainer.global_rank, batches)) % 2**62
         return torch.Generator(device=device).manual_seed(key)
 
+    # --- what is logged ---------------------------------------------------------------------------
+
+    def _stopwatch_on(self, device: torch.device) -> Stopwatch:
+        if self._stopwatch is None:
+            self._stopwatch = Stopwatch(device)
+        return self._stopwatch
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch_start, self._stopwatch = time.perf_counter(), None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        figures = self._steps.rates()
+        if self._stopwatch is not None:
+            attacked = self._stopwatch.read()
+            figures["attack/seconds_share"] = attacked / (time.perf_counter() - self._epoch_start)
+        if self._settings.warmup_epochs:
+            figures["attack/eps_share"] = self._steps.eps_share(trainer.current_epoch + 1)
+        for name, value in figures.items():
+            pl_module.log(name, value, sync_dist=True, batch_size=1)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        watch = self._watch
+        assert self._seams is not None
+        if watch is None or self._switched or self._seams.private is not None:
+            return
+        if not watch.is_due(trainer.global_step):
+            return
+        x, y = self._steps.inputs_of(batch)
+        with self._stopwatch_on(x.device):
+            generator = self._generator(trainer, x.device)
+            alarm = _alarm.look(watch, trainer, pl_module, x, y, generator)
+        if not alarm:
+            return
+        if not self._warned:
+            _alarm.warn(watch)
+            self._warned = True
+        if watch.alarm.switch:
+            self._switch()
+
+    def _switch(self) -> None:
+        """Go on with the alarm's attack."""
+        if self._watch is None or not self._watch.alarm.switch or self._switched:
+            return
+        self._steps.switch(self._watch.attack)
+        self._switched = True
+
     def settings(self) -> dict[str, Any]:
-        return {"adversarial_training": True, **describe_attack(self.attack)}
+        settings = self._settings
+        facts = {
+            "adversarial_training": True,
+            **describe_attack(settings.training_attack()),
+            "objective": brief(settings.objective),
+            "clean_fraction": settings.clean_fraction or None,
+            "warmup_epochs": settings.warmup_epochs or None,
+        }
+        return {name: value for name, value in facts.items() if value is not None}
+
+    # --- checkpoints, and copies in other processes -----------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seed": self._seed}
+        self.collect()
+        return {
+            "seed": self._seed,
+            "switched": self._switched,
+            "alarm": None if self._watch is None else self._watch.state_dict(),
+            **self._steps.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._seed = state_dict["seed"]
+        self.receive(state_dict)
+        self._steps.load_state_dict(state_dict)
+        alarm = state_dict.get("alarm")  # older checkpoints have no more than a seed
+        if self._watch is not None and alarm is not None:
+            self._watch.load_state_dict(alarm)
 
-    def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._trainer = self._seams = None
+    def carried(self) -> dict[str, Any]:
+        return {"seed": self._seed, "switched": self._switched}
+
+    def receive(self, carried: dict[str, Any]) -> None:
+        if carried["seed"] is not None:
+            self._seed = carried["seed"]
+        if carried.get("switched"):
+            self._switch()
+
+
+def _with_penalty(output: Any, penalty: torch.Tensor) -> Any:
+    """What the training step returned, the penalty added to its loss."""
+    if not isinstance(output, Mapping):
+        return output + penalty
+    if output.get("loss") is None:
+        return output  # Lightning says what is missing
+    return {**output, "loss": output["loss"] + penalty}
+
+
+def _epochs(trainer: pl.Trainer) -> float:
+    """Epochs trained so far, the step that begins included."""
+    batches = trainer.num_training_batches
+    done = trainer.fit_loop.epoch_loop.batch_idx + 1
+    whole = trainer.current_epoch
+    return whole + (done / batches if math.isfinite(batches) and batches else 1.0)

@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from defend.attacks.pgd import PGD, Attack
+from defend.attacks.pgd import PGD
+from defend.batching.chunks import check_chunk_size
 from defend.batching.fields import get_field
-from defend.callbacks._base import DefendCallback
+from defend.callbacks._base import BuildableAttack, DefendCallback, brief
 from defend.errors import InputError
 from defend.evaluation.robustness import (
     RobustnessMeter,
@@ -35,7 +36,9 @@ class RobustnessEvaluation(DefendCallback):
     Logs `robust/clean_accuracy`, `robust/<name>_accuracy` and `robust/worst_case_accuracy` before
     checkpoints are written, so `ModelCheckpoint(monitor="robust/worst_case_accuracy", mode="max")`
     works; with `every_n_epochs` above 1 give the checkpoint the same `every_n_epochs`. Also runs
-    in `trainer.validate`.
+    in `trainer.validate`. For PGD, which returns the best iterate of each record here, it logs
+    `robust/<name>_zero_grad_rate` too: the share of input gradients that were zero or not finite,
+    far from 0 where gradients are masked.
 
     Several validation loaders are counted together. Over several processes Lightning repeats a few
     records to make the shares equal, and they are counted as it hands them out.
@@ -52,24 +55,28 @@ class RobustnessEvaluation(DefendCallback):
             the most steps) after training; 0 means no curve.
         input_key: where the inputs are in a batch.
         target_key: where the class indices are.
+        chunk_size: most rows attacked at once. "auto": what fits for PGD, whole batches for other
+            attacks.
 
     Raises:
-        InputError: for settings out of range; at the start of `fit`, if there is no validation.
-
+        InputError: for settings out of range and targeted attacks; at the start of `fit`, if there
+            is no validation.
     """
 
     def __init__(
         self,
-        attacks: Mapping[str, Attack],
+        attacks: Mapping[str, BuildableAttack],
         *,
         every_n_epochs: int = 1,
         max_records: int | None = None,
         curve_records: int = 256,
         input_key: int | str = 0,
         target_key: int | str = 1,
+        chunk_size: int | str | None = "auto",
     ) -> None:
         super().__init__()
         check_attacks(attacks)
+        check_chunk_size(chunk_size)
         if every_n_epochs < 1:
             raise InputError(f"Expected `every_n_epochs` to be ≥ 1, got {every_n_epochs}.")
         if max_records is not None and max_records < 1:
@@ -82,6 +89,7 @@ class RobustnessEvaluation(DefendCallback):
         self.curve_records = curve_records
         self.input_key = input_key
         self.target_key = target_key
+        self.chunk_size = chunk_size
         self._report: RobustnessReport | None = None
         self._curves: dict[str, dict[float, float]] = {}
         self._measured_at = -1
@@ -108,8 +116,9 @@ class RobustnessEvaluation(DefendCallback):
             )
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._meter = RobustnessMeter(self.attacks) if self._is_due(trainer) else None
-        self._kept = []
+        self._meter, self._kept = None, []
+        if self._is_due(trainer):
+            self._meter = RobustnessMeter(self.attacks, chunk_size=self.chunk_size)
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         if trainer.sanity_checking:
@@ -169,7 +178,9 @@ class RobustnessEvaluation(DefendCallback):
         with trainer.precision_plugin.forward_context():
             for ball, attack in self._curve_attacks().items():
                 radii = [share * attack.ball.eps for share in _CURVE]
-                self._curves[ball] = robustness_curve(pl_module, x, y, attack, radii)
+                self._curves[ball] = robustness_curve(
+                    pl_module, x, y, attack, radii, chunk_size=self.chunk_size
+                )
 
     def _curve_attacks(self) -> dict[str, PGD]:
         chosen: dict[str, PGD] = {}
@@ -181,7 +192,7 @@ class RobustnessEvaluation(DefendCallback):
         return chosen
 
     def settings(self) -> dict[str, Any]:
-        return {f"evaluated/{name}": repr(attack) for name, attack in self.attacks.items()}
+        return {f"evaluated/{name}": brief(attack) for name, attack in self.attacks.items()}
 
     def results(self) -> dict[str, Any]:
         facts: dict[str, Any] = {}

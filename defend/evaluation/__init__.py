@@ -1,5 +1,6 @@
 """Measured robustness: what is still right under attack."""
 
+from defend.evaluation.overfitting import OverfittingAlarm
 from defend.evaluation.robustness import (
     RobustnessMeter,
     RobustnessReport,
@@ -7,4 +8,10 @@ from defend.evaluation.robustness import (
     robustness_curve,
 )
 
-__all__ = ["RobustnessMeter", "RobustnessReport", "evaluate", "robustness_curve"]
+__all__ = [
+    "OverfittingAlarm",
+    "RobustnessMeter",
+    "RobustnessReport",
+    "evaluate",
+    "robustness_curve",
+]

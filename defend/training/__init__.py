@@ -1,5 +1,6 @@
-"""DP-SGD in any training loop: the core that Lightning's callback and plain loops share."""
+"""Adversarial training and DP-SGD in any loop: what Lightning's callbacks and plain loops share."""
 
+from defend.training.adversarial_loop import AdversarialLoop, make_adversarial
 from defend.training.loop import PrivateLoop, make_private
 
-__all__ = ["PrivateLoop", "make_private"]
+__all__ = ["AdversarialLoop", "PrivateLoop", "make_adversarial", "make_private"]

@@ -1,7 +1,7 @@
 """DP-SGD in a loop of your own: plain PyTorch, torchrun or Fabric."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -17,14 +16,12 @@ from defend.errors import InputError, PrivacyError
 from defend.privacy.clipping import Clipping, FlatClipping
 from defend.privacy.preconditions import Setup, check
 from defend.privacy.schedules import Schedule
+from defend.training.host import Host, Loss
 from defend.training.private import PrivateTraining
-from defend.training.processes import Processes
 from defend.training.readings import Readings
 from defend.training.settings import PrivacySettings
 
 LEDGERS = Path("privacy_ledgers")
-
-Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class PrivateLoop(Readings):
@@ -47,31 +44,27 @@ class PrivateLoop(Readings):
         fabric: Any,
         state: Mapping[str, Any] | None,
     ) -> None:
-        self._model, self._loss, self._fabric = model, loss, fabric
-        bare, ddp = _unwrap(model, fabric)
+        self._loss = loss
+        self._host = host = Host(model, fabric)
         self._optimizer: Optimizer = optimizer
         inner = getattr(optimizer, "optimizer", optimizer)  # Fabric wraps it
-        processes = _processes(fabric)
-        if processes.world_size > 1 and ddp is None:
-            raise InputError(
-                "Expected a model in DistributedDataParallel under several processes, got one "
-                "whose weights may differ between them. Wrap it, or let Fabric's 'ddp' do it."
-            )
-        facts = _facts(bare, inner, processes, fabric)
-        check(replace(facts, resumed=state is not None))
+        check(replace(_facts(host, inner), resumed=state is not None))
         self._private = PrivateTraining(settings, LEDGERS)
         if state is not None:
             self._private.load_state_dict(state["privacy"])
         self._taken = 0 if state is None else int(state["taken"])
-        self._device = next(bare.parameters()).device
         self._open = True
         try:
-            self._private.start(processes)
+            self._private.start(host.processes)
             self.loader = self._private.replace_loader(loader)
-            self.steps_per_epoch = self._share_epoch(loader, processes.world_size)
-            self._private.try_out(bare, self._mean_loss, transfer=self._to_device, half=self._half)
+            self.steps_per_epoch = self._share_epoch(loader, host.processes.world_size)
+            self._private.try_out(
+                host.bare, self._mean_loss, transfer=host.to_device, half=self._half
+            )
             self._planned = epochs * self.steps_per_epoch
-            self._private.open(bare, inner, planned=self._planned, done=self._taken, ddp=ddp)
+            self._private.open(
+                host.bare, inner, planned=self._planned, done=self._taken, ddp=host.ddp
+            )
         except BaseException:
             self.close()
             raise
@@ -109,15 +102,12 @@ class PrivateLoop(Readings):
         losses: list[Tensor] = []
 
         def compute(chunk: Any, rows: int) -> None:
-            loss = self._mean_loss(self._model, chunk)
-            if self._fabric is None:
-                (loss * rows).backward()
-            else:
-                self._fabric.backward(loss * rows)
+            loss = self._mean_loss(self._host.model, chunk)
+            self._host.backward(loss * rows)
             losses[:] = [loss.detach()]
 
         self._optimizer.zero_grad()
-        self._private.run(self._to_device(batch), compute)
+        self._private.run(self._host.to_device(batch), compute)
         self._private.release()
         self._optimizer.step()
         self._taken += 1
@@ -131,7 +121,7 @@ class PrivateLoop(Readings):
 
         Attack the whole batch before `step`, once: each call starts from the same numbers.
         """
-        return self._private.attack_generator(self._device)
+        return self._private.attack_generator(self._host.device)
 
     @property
     def exhausted(self) -> bool:
@@ -168,25 +158,10 @@ class PrivateLoop(Readings):
 
     @property
     def _half(self) -> bool:
-        return self._fabric is not None and "mixed" in str(_precision(self._fabric))
+        return "mixed" in str(self._host.precision)
 
     def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        if self._fabric is None:
-            loss = self._loss(model, batch)
-        else:
-            with self._fabric.autocast():
-                loss = self._loss(model, batch)
-        if not isinstance(loss, Tensor) or loss.ndim != 0:
-            raise InputError(
-                f"Expected `loss` to return the mean over the rows as one number, got {loss!r}. "
-                "Take the mean, and return the tensor."
-            )
-        return loss
-
-    def _to_device(self, batch: Any) -> Any:
-        if self._fabric is not None:
-            return self._fabric.to_device(batch)
-        return _moved(batch, self._device)
+        return self._host.mean_loss(self._loss, model, batch)
 
 
 def make_private(
@@ -281,44 +256,9 @@ def make_private(
     )
 
 
-def _unwrap(model: nn.Module, fabric: Any) -> tuple[nn.Module, DistributedDataParallel | None]:
-    """The model itself, and the DistributedDataParallel around it, if there is one."""
-    inner = getattr(model, "_forward_module", None)  # of Fabric's wrapper
-    if (inner is None) != (fabric is None):
-        raise InputError(
-            "Expected a model that `fabric.setup` gave and that `fabric`, or neither, got only "
-            f"{'the model' if fabric is None else '`fabric`'}. Pass both."
-        )
-    inner = model if inner is None else inner
-    if isinstance(inner, DistributedDataParallel):
-        return inner.module, inner
-    return inner, None
-
-
-def _processes(fabric: Any) -> Processes:
-    if fabric is None:
-        return Processes.current()
-    return Processes(fabric.global_rank, fabric.world_size, fabric.broadcast)
-
-
-def _facts(module: nn.Module, optimizer: Optimizer, processes: Processes, fabric: Any) -> Setup:
-    known = Setup(module=module, optimizers=(optimizer,), world_size=processes.world_size)
-    if fabric is None:
+def _facts(host: Host, optimizer: Optimizer) -> Setup:
+    known = Setup(module=host.bare, optimizers=(optimizer,), world_size=host.processes.world_size)
+    if host.fabric is None:
         return known
-    return replace(known, strategy=type(fabric.strategy).__name__, precision=_precision(fabric))
-
-
-def _precision(fabric: Any) -> Any:
-    return getattr(fabric.strategy.precision, "precision", "32-true")
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if hasattr(batch, "to"):  # tensors, and batches that know how
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_moved(value, device) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_moved(value, device) for value in batch)
-    return batch
+    strategy = type(host.fabric.strategy).__name__
+    return replace(known, strategy=strategy, precision=host.precision)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from defend.batching import memory
 from defend.privacy.mechanism import clip_and_sum
 from defend.privacy.per_record import PerRecordGradients
 from defend.privacy.probe import copy_for_probe
@@ -32,16 +33,5 @@ def peak_bytes(
 ) -> int:
     """Most bytes that a private step on a batch allocates above what is there now."""
     device = next(module.parameters()).device
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
     with torch.random.fork_rng([device], device_type="cuda"):
-        step_on(module, loss, batch, rows, share)
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that this process may still allocate, its allocator's own cache included."""
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + cached
+        return memory.peak_bytes(lambda: step_on(module, loss, batch, rows, share), device)

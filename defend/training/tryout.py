@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
+from defend.batching.memory import free_bytes
 from defend.privacy.probe_records import probe_positions
 from defend.privacy.selftest import RECORDS, Attack, Loss, SelfTest, selftest
 from defend.privacy.still import seeded
-from defend.training.measure import free_bytes, peak_bytes
+from defend.training.measure import peak_bytes
 
 
 class TryOut:

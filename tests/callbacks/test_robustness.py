@@ -167,6 +167,8 @@ def test_needs_validation_data():
         ({"every_n_epochs": 0}, "`every_n_epochs` to be ≥ 1"),
         ({"max_records": 0}, "`max_records` to be ≥ 1 or None"),
         ({"curve_records": -1}, "`curve_records` to be ≥ 0"),
+        ({"chunk_size": 0}, "`chunk_size` to be 'auto'"),
+        ({"attacks": {"pgd": PGD(Linf(0.1), targeted=True)}}, "to be untargeted"),
     ],
 )
 def test_refuses_bad_settings(settings, message):
@@ -178,3 +180,56 @@ def test_refuses_data_outside_the_box():
     evaluation = RobustnessEvaluation({"pgd": PGD(Linf(0.1), inputs=InputSpace(0, 0.5))})
     with pytest.raises(InputError, match="inside the box"):
         fit(evaluation)
+
+
+class Masking(Net):
+    """Attacks find no gradient at half of the records of a batch."""
+
+    def forward(self, x):
+        if self.training:
+            return super().forward(x)
+        half = len(x) // 2
+        return super().forward(torch.cat([x[:half].detach(), x[half:]]))
+
+
+def test_gradients_that_lead_nowhere_are_logged():
+    evaluation = RobustnessEvaluation({**ATTACKS, "none": lambda model, x, y, **_: x})
+    run = trainer(callbacks=[evaluation])
+    run.fit(Masking(), loader(), validation())
+    assert evaluation.report.zero_gradients == {"pgd3": 0.5}
+    assert run.callback_metrics["robust/pgd3_zero_grad_rate"] == 0.5
+    assert "robust/none_zero_grad_rate" not in run.callback_metrics
+    assert evaluation.results()["zero_gradients"] == {"pgd3": 0.5}
+
+
+def test_two_processes_count_gradients_together():
+    evaluation = RobustnessEvaluation(ATTACKS)
+    run = trainer(callbacks=[evaluation], strategy="ddp_fork", devices=2)
+    run.validate(Masking(), validation(), verbose=False)
+    assert evaluation.report.records == 48
+    assert evaluation.report.zero_gradients == {"pgd3": 0.5}
+
+
+class Sized(Net):
+    def __init__(self):
+        super().__init__()
+        self.attacked = []
+
+    def forward(self, x):
+        if x.requires_grad:
+            self.attacked.append(len(x))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("chunk_size", "most"), [("auto", 16), (5, 4)])
+def test_chunks_reach_the_attacks_and_change_nothing(chunk_size, most):
+    evaluation = RobustnessEvaluation(ATTACKS, chunk_size=chunk_size, curve_records=16)
+    module = Sized()
+    trainer(callbacks=[evaluation]).fit(module, loader(), validation())
+    assert max(module.attacked) == most
+    assert evaluation.report == evaluate_model(module, validation(), ATTACKS, progress=False)
+
+
+def test_the_card_has_every_attack_in_short():
+    told = RobustnessEvaluation(ATTACKS).settings()
+    assert told == {"evaluated/pgd3": "PGD(Linf(0.1), steps=3)"}

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -116,6 +118,7 @@ def test_the_progress_bar_shows_the_accuracy(capsys):
         ({"a/b": up}, "names of letters, digits"),
         ({"clean": up}, "another attack name than 'clean'"),
         ({"up": 3}, r"`attacks\['up'\]` to be an attack"),
+        ({"up": PGD(Linf(0.1), targeted=True)}, r"`attacks\['up'\]` to be untargeted"),
     ],
 )
 def test_refuses_bad_attacks(attacks, message):
@@ -128,3 +131,173 @@ def test_refuses_no_data_and_what_is_no_classifier():
         evaluate(Threshold(), [], {"up": up}, progress=False)
     with pytest.raises(InputError, match="Only classifiers"):
         evaluate(nn.Flatten(0), [(X, Y)], {"up": up}, progress=False)
+    with pytest.raises(InputError, match="at least one record"):
+        robustness_curve(Threshold(), X[:0], Y[:0], PGD(Linf(0.1)), [0.1])
+    with pytest.raises(InputError, match="to be untargeted"):
+        robustness_curve(Threshold(), X, Y, PGD(Linf(0.1), targeted=True), [0.1])
+
+
+# --- attacks at their strongest -------------------------------------------------------------------
+
+
+class Island(nn.Module):
+    """Class 0, but for a narrow strip at 0.6 < x < 0.65, to which all gradients point."""
+
+    def forward(self, x):
+        margin = 0.05 - 2 * (x - 0.625).abs()
+        return torch.cat([-margin, margin], 1)
+
+
+# From 0.55 it goes to 0.63, where it is, and on to 0.55: the last iterate is where it began.
+ACROSS = PGD(Linf(0.2), steps=2, step_size=0.08, random_start=False)
+
+
+@pytest.mark.parametrize(
+    ("attack", "right"),
+    [
+        (ACROSS, 0.0),
+        (dataclasses.replace(ACROSS, iterate="best"), 0.0),
+        (dataclasses.replace(ACROSS, iterate="last"), 1.0),
+    ],
+)
+def test_the_best_iterate_counts_unless_another_is_asked_for(attack, right):
+    x, y = torch.tensor([[0.55]]), torch.tensor([0])
+    report = evaluate(Island(), [(x, y)], {"pgd": attack}, progress=False)
+    assert report.attack_accuracy["pgd"] == right
+    assert robustness_curve(Island(), x, y, attack, [0.2])[0.2] == right
+
+
+def test_an_attack_of_ones_own_may_have_a_stronger_side():
+    class Up:
+        amount = 0.0
+
+        def for_evaluation(self):
+            strongest = Up()
+            strongest.amount = 0.1
+            return strongest
+
+        def __call__(self, model, x, y, *, generator=None, chunk_size=None):
+            return x + self.amount
+
+    attack = Up()
+    report = evaluate(Threshold(), batches(6), {"own": attack}, progress=False)
+    assert report.attack_accuracy["own"] == 4 / 6
+    assert attack.amount == 0.0
+
+
+# --- gradients that lead nowhere ------------------------------------------------------------------
+
+
+class Broken(torch.autograd.Function):
+    """x as it is, with gradients that are not numbers."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.masked_fill(grad != 0, float("nan"))
+
+
+class Deaf(Threshold):
+    """No gradient for class 1, a broken one below 0.1."""
+
+    def forward(self, x):
+        heard = torch.where(x > 0.5, x.detach(), x)
+        return super().forward(torch.where(x < 0.1, Broken.apply(x), heard))
+
+
+def test_the_share_of_gradients_that_lead_nowhere():
+    attacks = {"pgd": PGD(Linf(0.02), steps=3, random_start=False), "up": up}
+    report = evaluate(Deaf(), batches(4), attacks, progress=False)
+    assert report.zero_gradients == {"pgd": 4 / 6}  # three of class 1, one broken
+    assert report.metrics()["robust/pgd_zero_grad_rate"] == 4 / 6
+    assert "robust/up_zero_grad_rate" not in report.metrics()
+    report = evaluate(Threshold(), batches(4), {"pgd": PGD(Linf(0.02))}, progress=False)
+    assert report.zero_gradients == {"pgd": 0.0}
+    assert evaluate(Deaf(), batches(4), {"up": up}, progress=False).zero_gradients == {}
+
+
+def test_the_gradients_of_several_processes_add_up():
+    attacks = {"pgd": PGD(Linf(0.02), steps=3, random_start=False), "up": up}
+    meters = [RobustnessMeter(attacks) for _ in range(2)]
+    meters[0].update(Deaf(), X[:2], Y[:2])  # one of two is broken
+    meters[1].update(Deaf(), X[2:], Y[2:])  # three of four are deaf
+    report = meters[0].report(meters[0].counts + meters[1].counts)
+    assert report == evaluate(Deaf(), batches(6), attacks, progress=False)
+    assert [m.records for m in meters] == [2, 4]
+    assert meters[1].report().zero_gradients == {"pgd": 3 / 4}
+
+
+def test_a_report_is_plain_data():
+    report = evaluate(Threshold(), batches(6), {"pgd": PGD(Linf(0.1))}, progress=False)
+    assert RobustnessReport(**report.as_dict()) == report
+
+
+# --- chunks ---------------------------------------------------------------------------------------
+
+
+class Small(Threshold):
+    """Memory for so many rows at once."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.sizes = most, []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("no room")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("chunk_size", ["auto", None, 4, 1])
+def test_neither_chunks_nor_short_memory_change_the_report(chunk_size):
+    attacks = {"pgd": PGD(Linf(0.1), steps=2), "up": up}
+    whole = evaluate(Threshold(), batches(6), attacks, progress=False)
+    model = Small(2)
+    report = evaluate(model, batches(6), attacks, progress=False, chunk_size=chunk_size)
+    assert report == whole
+    assert max(model.sizes) == {4: 3, 1: 1}.get(chunk_size, 6)  # 6 rows in equal chunks
+
+
+def test_what_did_not_fit_is_not_tried_again():
+    model = Small(2)
+    meter = RobustnessMeter({"up": up})
+    for _ in range(3):
+        meter.update(model, X, Y)
+    assert [size for size in model.sizes if size > 2] == [6, 3]
+    expected = evaluate(Threshold(), [(X, Y)] * 3, {"up": up}, progress=False)
+    assert meter.report() == expected
+
+
+def test_the_smallest_batch_says_nothing_about_what_fits():
+    model, meter = Small(6), RobustnessMeter({"up": up})
+    for rows in (1, 6):
+        meter.update(model, X[:rows], Y[:rows])
+    assert model.sizes == [1, 1, 6, 6]
+
+
+@pytest.mark.parametrize(("given", "handed"), [("auto", None), (None, None), (3, 3)])
+def test_attacks_other_than_pgd_get_a_number_or_none(given, handed):
+    sizes = []
+
+    def spy(model, x, y, *, generator=None, chunk_size=None):
+        sizes.append(chunk_size)
+        return x
+
+    evaluate(Threshold(), batches(6), {"spy": spy}, progress=False, chunk_size=given)
+    assert sizes == [handed]
+
+
+@pytest.mark.parametrize("chunk_size", [0, "all", 2.5])
+def test_refuses_bad_chunk_sizes(chunk_size):
+    with pytest.raises(InputError, match="`chunk_size` to be 'auto'"):
+        evaluate(Threshold(), batches(6), {"up": up}, chunk_size=chunk_size)
+
+
+def test_batches_without_records_count_nothing():
+    data = [(X, Y), (X[:0], Y[:0])]
+    report = evaluate(Threshold(), data, {"pgd": PGD(Linf(0.1)), "up": up}, progress=False)
+    assert report.records == 6

@@ -1,0 +1,83 @@
+"""The alarm for catastrophic overfitting, on a Trainer."""
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from defend.attacks.free import Free
+from defend.attacks.pgd import PGD, Attack
+from defend.errors import InputError
+from defend.evaluation.overfitting import OverfittingAlarm, OverfittingWatch
+
+
+def chosen_watch(
+    alarm: OverfittingAlarm | str | None, attack: Attack | Free
+) -> OverfittingWatch | None:
+    """The watch over a training against `attack`, or None for no watch.
+
+    Args:
+        alarm: its settings; "auto" watches a PGD of one step; None watches nothing.
+        attack: what is trained against.
+
+    Raises:
+        InputError: for another `alarm`, or one that cannot watch or switch this attack.
+    """
+    if alarm == "auto":
+        # A loss of the user's own may be for a model that is no classifier.
+        one_step = isinstance(attack, PGD) and attack.steps == 1 and isinstance(attack.loss, str)
+        return OverfittingAlarm().watch(attack) if one_step else None  # type: ignore[arg-type]
+    if alarm is None:
+        return None
+    if not isinstance(alarm, OverfittingAlarm):
+        raise InputError(
+            f"Expected `alarm` to be 'auto', None or an OverfittingAlarm, got {alarm!r}."
+        )
+    if not isinstance(attack, Free):
+        return alarm.watch(attack)
+    if alarm.switch:
+        raise InputError(
+            "Expected an alarm with switch=False with Free, got switch=True: its batches are "
+            "replayed, and PGD would train on each several times. Stop, and go on with PGD."
+        )
+    return alarm.watch(attack.single_step())
+
+
+def look(
+    watch: OverfittingWatch,
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    x: Tensor,
+    y: Tensor,
+    generator: torch.Generator,
+) -> bool:
+    """One look at a batch. Each process looks at its own records.
+
+    The figures are the means over processes, and go to loggers at once: `self.log` keeps a value
+    for the next step that is logged, which may be in another epoch, where it is forgotten.
+
+    Returns:
+        Whether the alarm went off in any process, so that all of them go on alike.
+    """
+    with trainer.precision_plugin.forward_context():
+        reading = watch.look(pl_module, x, y, generator)
+    seen = torch.tensor([reading.pgd_accuracy, float(reading.alarm)], device=pl_module.device)
+    accuracy, alarms = (
+        trainer.strategy.reduce(seen, reduce_op="sum") / trainer.world_size
+    ).tolist()
+    figures = {"attack/pgd_accuracy": accuracy, "attack/overfitting": float(alarms > 0)}
+    for logger in trainer.loggers:
+        logger.log_metrics(figures, step=trainer.global_step)
+    for name, value in figures.items():
+        pl_module.log(name, value, logger=False, batch_size=1)
+    return alarms > 0
+
+
+def warn(watch: OverfittingWatch) -> None:
+    """Say that the alarm went off, and what to do."""
+    done = "training goes on with PGD" if watch.alarm.switch else "training goes on as it was"
+    rank_zero_warn(
+        "Catastrophic overfitting: the model withstands the cheap attack that it is trained on and "
+        f"falls to PGD; {done}. Take more steps, a smaller eps, n_fgsm, or "
+        "alarm=OverfittingAlarm(switch=True)."
+    )

@@ -1,0 +1,307 @@
+"""Adversarial training, step by step: what every kind of loop shares."""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from defend.attacks.context import logits_of
+from defend.attacks.free import Free, FreePerturbation
+from defend.attacks.pgd import PGD
+from defend.batching.fields import get_field, with_field
+from defend.errors import InputError
+from defend.objectives import AWP
+from defend.objectives.awp import PerturbedWeights, weight_perturbation
+from defend.training.adversarial_settings import AdversarialSettings, radius_of
+
+__all__ = ["AdversarialSettings", "AdversarialSteps", "AttackedBatch"]
+
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackedBatch:
+    """One batch, clean and attacked.
+
+    Attributes:
+        batch: what the training step is to see.
+        x: its clean inputs.
+        x_adv: its adversarial ones.
+        y: its targets.
+    """
+
+    batch: Any
+    x: Tensor
+    x_adv: Tensor
+    y: Tensor
+
+
+class AdversarialSteps:
+    """Attacks batches and completes the loss of the training step that follows.
+
+    For each batch, in this order, with the forwards that each takes:
+
+        made = steps.attacked(module, batch, ...)     # the attack's: eval mode, without a trace
+        with steps.step(module, made):                # AWP's, clean first; buffers are put back
+            loss = ...                                # the user's own, on made.batch
+        penalty = steps.penalty(module, made)         # TRADES, MART: the other batch
+        (loss + penalty).backward()                   # without the penalty where it is None
+        steps.after_backward()                        # weights back, before the optimizer's step
+
+    The last two kinds of forward run in the module's own mode: BatchNorm sees the batch of the
+    user's forward first, then the other one, and each has a dropout mask of its own.
+
+    Attributes:
+        settings: what was asked for.
+        attack: what is used now; the alarm may have switched it.
+        gradients: input gradients computed since the last `rates`.
+    """
+
+    def __init__(self, settings: AdversarialSettings) -> None:
+        self.settings = settings
+        self.attack = settings.training_attack()
+        self._free: FreePerturbation | None = None
+        if isinstance(self.attack, Free):
+            self._free = self.attack.begin()
+        self._weights: PerturbedWeights | None = None
+        self._own: list[Tensor] = []
+        self.gradients = 0
+        self._zero: Tensor | int = 0
+        self._nonfinite: Tensor | int = 0
+
+    # --- before the training step -----------------------------------------------------------------
+
+    def inputs_of(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a batch.
+
+        Raises:
+            InputError: if they are not there, or no tensors.
+        """
+        settings = self.settings
+        x, y = get_field(batch, settings.input_key), get_field(batch, settings.target_key)
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise InputError(
+                f"Expected tensors at input_key={settings.input_key!r} and "
+                f"target_key={settings.target_key!r}, got {type(x).__name__} and "
+                f"{type(y).__name__}. Name the fields that hold inputs and targets."
+            )
+        return x, y
+
+    def attacked(
+        self,
+        module: nn.Module,
+        batch: Any,
+        *,
+        generator: torch.Generator,
+        epochs: float,
+        chunk_size: int | str | None = "auto",
+        private: bool = False,
+    ) -> AttackedBatch:
+        """Attack a batch; the batch itself is untouched.
+
+        Args:
+            module: gives logits; not wrapped.
+            batch: in any container.
+            generator: source of random starts, and of which records stay clean.
+            epochs: trained so far, this step included, in the unit of `warmup_epochs`.
+            chunk_size: most rows attacked at once, where the settings leave it open.
+            private: whether a record may stay clean or not whatever the others do, as DP-SGD
+                needs; otherwise the same number of records stays clean in every batch.
+
+        Raises:
+            InputError: if the batch has no such fields, or what the attack refuses.
+        """
+        settings = self.settings
+        x, y = self.inputs_of(batch)
+        share = self.eps_share(epochs)
+        if self._free is not None:
+            eps = None if share == 1 else self._free.free.ball.eps * share
+            x_adv = self._free.perturb(x, eps=eps)
+        else:
+            if settings.chunk_size != "auto":
+                chunk_size = settings.chunk_size
+            rows = self._rows_to_attack(x, generator, private)
+            x_adv = self._run(module, x[rows], y[rows], share, generator, chunk_size)
+            if not isinstance(rows, slice):
+                x_adv = x.detach().clone().index_copy_(0, rows, x_adv)
+        sees_clean = settings.objective.trains_on == "clean"
+        seen = batch if sees_clean else with_field(batch, settings.input_key, x_adv)
+        return AttackedBatch(seen, x, x_adv, y)
+
+    def eps_share(self, epochs: float) -> float:
+        """The part of eps that is attacked with after so many epochs: linear up to 1."""
+        warmup = self.settings.warmup_epochs
+        return min(1.0, epochs / warmup) if warmup else 1.0
+
+    def _rows_to_attack(
+        self, x: Tensor, generator: torch.Generator, private: bool
+    ) -> Tensor | slice:
+        fraction = self.settings.clean_fraction
+        if not fraction:
+            return slice(None)
+        draws = torch.rand(len(x), generator=generator, device=generator.device).to(x.device)
+        if private:  # a coin for each record
+            return (draws >= fraction).nonzero().squeeze(1)
+        return draws.argsort()[round(fraction * len(x)) :]  # always as many: one shape on a GPU
+
+    def _run(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        share: float,
+        generator: torch.Generator,
+        chunk_size: int | str | None,
+    ) -> Tensor:
+        """x_adv of all rows, at a part of the attack's radius."""
+        attack: Any = self.attack
+        if len(x) == 0:
+            return x.detach().clone()
+        eps = None if share == 1 else radius_of(attack) * share  # type: ignore[operator]
+        if isinstance(attack, PGD):
+            result = attack.run(module, x, y, generator=generator, chunk_size=chunk_size, eps=eps)
+            self._count(result.gradients, result.zero_gradients, result.nonfinite_gradients)
+            return result.x_adv
+        attack = attack if eps is None else attack.with_eps(eps)
+        size = None if chunk_size == "auto" else chunk_size
+        x_adv = attack(module, x, y, generator=generator, chunk_size=size)
+        if x_adv.shape != x.shape or x_adv.dtype != x.dtype:
+            raise InputError(
+                f"Expected the attack to return inputs of shape {tuple(x.shape)} and {x.dtype}, "
+                f"got {tuple(x_adv.shape)} and {x_adv.dtype}. Return x_adv in the form of x."
+            )
+        return x_adv.detach()
+
+    # --- around the training step -----------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def step(
+        self, module: nn.Module, made: AttackedBatch, *, precision: Context = contextlib.nullcontext
+    ) -> Iterator[None]:
+        """Around the user's training step: keep its logits, move the weights (AWP).
+
+        The weights stay moved for the backward, until `after_backward`; an exception in here puts
+        them back.
+
+        Args:
+            module: not wrapped.
+            made: the attacked batch.
+            precision: makes the context, of autocast for example, that AWP's own forward runs in.
+        """
+        self.restore_weights()
+        objective = self.settings.objective
+        try:
+            if isinstance(objective, AWP):
+                with precision():
+                    moved = weight_perturbation(
+                        module, objective, made.x, made.x_adv, made.y, objective.gamma,
+                        logits=logits_of,
+                    )  # fmt: skip
+                self._weights = PerturbedWeights(module, moved)
+                self._weights.apply()
+            with self._kept_logits(module, made) if objective.pairs else contextlib.nullcontext():
+                yield
+        except BaseException:
+            self.restore_weights()
+            raise
+
+    @contextlib.contextmanager
+    def _kept_logits(self, module: nn.Module, made: AttackedBatch) -> Iterator[None]:
+        """Keep the logits of the first call of the module with the batch's inputs as they are."""
+        seen = get_field(made.batch, self.settings.input_key)
+        # A list of this step's: a compiled module may go on calling the hook of an earlier one.
+        own: list[Tensor] = []
+        self._own = own
+
+        def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if own or len(args) != 1 or args[0] is not seen:
+                return
+            logits = logits_of(output)
+            if logits.requires_grad:
+                own.append(logits)
+
+        hook = module.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def penalty(self, module: nn.Module, made: AttackedBatch) -> Tensor | None:
+        """What the objective adds to the training step's mean loss; None where it adds nothing.
+
+        The logits of the batch that the training step saw are those of its own forward where it
+        called the module with the batch's inputs as they are; else the module runs once more.
+
+        Args:
+            module: not wrapped: DistributedDataParallel's forward would exchange buffers once more,
+                in the middle of a step. Gradients synchronize where they reach the parameters,
+                whichever forward they come from.
+            made: the attacked batch.
+        """
+        objective, own = self.settings.objective, self._own
+        self._own = []
+        if not objective.pairs:
+            return None
+        sees_clean = objective.trains_on == "clean"
+        first = own[0] if own else logits_of(module(made.x if sees_clean else made.x_adv))
+        other = logits_of(module(made.x_adv if sees_clean else made.x))
+        clean, adv = (first, other) if sees_clean else (other, first)
+        return objective.penalty(clean, adv, made.y).mean()
+
+    def after_backward(self) -> None:
+        """Once the step's gradients are there: put the weights back, move Free's perturbation."""
+        self.restore_weights()
+        if self._free is not None and self._free.pending:
+            self._free.absorb()
+            self._count(*self._free.take_counts())
+
+    def restore_weights(self) -> None:
+        """Undo AWP's perturbation, if one is on; safe to call twice."""
+        self._own = []
+        if self._weights is not None:
+            self._weights.restore()
+            self._weights = None
+
+    # --- what came of it --------------------------------------------------------------------------
+
+    def switch(self, attack: PGD) -> None:
+        """Go on with another attack."""
+        self.attack, self._free = attack, None
+
+    def _count(self, gradients: int, zero: Tensor | int, nonfinite: Tensor | int) -> None:
+        self.gradients += gradients
+        # Added up where they are: reading them would make the host wait.
+        self._zero, self._nonfinite = self._zero + zero, self._nonfinite + nonfinite
+
+    def rates(self) -> dict[str, float]:
+        """Shares of useless input gradients since the last call, under the names they log by.
+
+        Empty where none were counted, as by attacks other than PGD. Waits for the device.
+        """
+        total, zero, nonfinite = self.gradients, int(self._zero), int(self._nonfinite)
+        self.gradients, self._zero, self._nonfinite = 0, 0, 0
+        if total == 0:
+            return {}
+        if nonfinite:
+            warnings.warn(
+                f"{nonfinite} of {total} input gradients were not finite; the attack is weaker "
+                "than it looks. Look for overflow in the model, fp16 most of all.",
+                stacklevel=2,
+            )
+        return {
+            "attack/zero_grad_rate": zero / total,
+            "attack/nonfinite_grad_rate": nonfinite / total,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know."""
+        return {} if self._free is None else {"free": self._free.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where a checkpoint was."""
+        if self._free is not None and "free" in state:
+            self._free.load_state_dict(state["free"])
