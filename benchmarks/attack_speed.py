@@ -8,7 +8,8 @@ start; `loss` is the cross-entropy it reached, to show that all did the same wor
 interleaved in one process, in an order that turns by one each round; a ratio is the median over
 the repeats of (seconds of one / seconds of the other in the same round).
 
-    defend                        defend.PGD as a training calls it; bf16: precision="bf16"
+    defend                        defend.PGD as a training calls it; bf16: precision="bf16", on CUDA
+                                  in channels_last
     bare                          the loop a careful user writes: one clamp for ball and box
     torchattacks, foolbox, art    as their users call them; ART with all records in one batch
     bare graphed                  CUDA: one step in bf16 and channels_last, captured and replayed

@@ -1,8 +1,9 @@
 """Attacks: x_adv = attack(model, x, y), inside a ball and a box, without a trace."""
 
+from defend.attacks.attack import Attack, AttackResult
 from defend.attacks.context import no_trace
 from defend.attacks.free import Free
-from defend.attacks.pgd import PGD, Attack, AttackResult
+from defend.attacks.pgd import PGD
 from defend.attacks.presets import fgsm_rs, n_fgsm
 from defend.attacks.torchattacks import TorchAttack
 

@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import warnings
 from functools import partial
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from defend.attacks import graphs
 from defend.attacks.ascent import Ascent, Best, Model, PerRecordLoss, Problem
+from defend.attacks.attack import AttackResult
 from defend.attacks.climb import Climb
 from defend.attacks.context import logits_of, no_trace
 from defend.attacks.sizing import ChunkSize
@@ -33,38 +34,6 @@ _LOSSES: dict[str, PerRecordLoss] = {
     "margin": margin,
     "kl": lambda logits, clean: kl(clean, logits),
 }
-
-
-class Attack(Protocol):
-    """Anything that perturbs a batch: x_adv of the same shape, dtype, device and layout as x."""
-
-    def __call__(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-        chunk_size: int | None = None,
-    ) -> Tensor: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class AttackResult:
-    """What an attack made of a batch.
-
-    Attributes:
-        x_adv: like x, detached.
-        gradients: input gradients computed, one for each record and step.
-        zero_gradients: how many of them were zero in every value, so that the attack could not
-            move (masked gradients, a saturated loss); a 0-dimensional tensor on x's device.
-        nonfinite_gradients: how many held NaN or infinity; likewise.
-    """
-
-    x_adv: Tensor
-    gradients: int
-    zero_gradients: Tensor
-    nonfinite_gradients: Tensor
 
 
 @dataclasses.dataclass(frozen=True)

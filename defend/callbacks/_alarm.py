@@ -5,8 +5,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from defend.attacks.attack import Attack
 from defend.attacks.free import Free
-from defend.attacks.pgd import PGD, Attack
+from defend.attacks.pgd import PGD
 from defend.errors import InputError
 from defend.evaluation.overfitting import OverfittingAlarm, OverfittingWatch
 

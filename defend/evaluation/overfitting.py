@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from defend.attacks.ascent import Model
+from defend.attacks.attack import Attack
 from defend.attacks.context import logits_of, no_trace
-from defend.attacks.pgd import PGD, Attack, Model
+from defend.attacks.pgd import PGD
 from defend.errors import InputError
 from defend.objectives.losses import cross_entropy, in_full_precision, labels_of
 

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from defend.attacks.ascent import Model
+from defend.attacks.attack import Attack
 from defend.attacks.context import logits_of, no_trace
-from defend.attacks.pgd import PGD, Attack, Model
+from defend.attacks.pgd import PGD
 from defend.batching.chunks import check_chunk_size
 from defend.batching.fields import get_field
 from defend.batching.memory import run_in_chunks

@@ -65,7 +65,12 @@ def _training(settings: Mapping[str, Any]) -> str:
         ("eps (raw units)", settings.get("eps")),
         ("steps", settings.get("attack_steps")),
         ("step size", settings.get("attack_step_size")),
+        ("other settings", settings.get("attack_settings")),
+        ("objective", settings.get("objective")),
+        ("share of clean records", settings.get("clean_fraction")),
+        ("epochs of warm-up", settings.get("warmup_epochs")),
     ]
+    rows = [(name, value) for name, value in rows if value is not None]
     return f"## Trained against\n\n{_table(('threat model', 'value'), rows)}"
 
 
@@ -79,4 +84,17 @@ def _robustness(results: Mapping[str, Any]) -> str:
         f"after step {results['measured_at_step']})\n\n{table}\n\n"
         "An upper bound: a stronger attack may find more. Worst case counts a record as right "
         "only if it is right clean and under every attack."
+        + _masked(results.get("zero_gradients", {}))
+    )
+
+
+def _masked(zero_gradients: Mapping[str, float]) -> str:
+    """A warning where an attack had little to go by."""
+    blind = {name: share for name, share in zero_gradients.items() if share > 0}
+    if not blind:
+        return ""
+    shares = ", ".join(f"{name} {100 * share:.1f}%" for name, share in blind.items())
+    return (
+        f"\n\nGradients that were zero, so that the attack could not move: {shares}. Many of them "
+        "mean that the model hides its gradient, and is less robust than it looks."
     )

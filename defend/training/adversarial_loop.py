@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from defend.attacks.attack import Attack
 from defend.attacks.free import Free
-from defend.attacks.pgd import Attack
 from defend.batching.fields import with_field
 from defend.errors import InputError
 from defend.objectives import Madry, Objective

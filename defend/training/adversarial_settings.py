@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from defend.attacks.attack import Attack
 from defend.attacks.free import Free
-from defend.attacks.pgd import PGD, Attack
+from defend.attacks.pgd import PGD
 from defend.batching.chunks import check_chunk_size
 from defend.errors import InputError
 from defend.objectives import AWP, Madry, Objective

@@ -156,7 +156,7 @@ class Own(Linf):
     record is distributed as one in which every other record keeps its start.
     """
 
-    def random_start(self, like, generator):
+    def random_start(self, like, generator, *, eps=None, free=None):
         rows = []
         for row in like:
             seed = int(row.double().sum().mul(1e9)) % 2**31
