@@ -144,6 +144,7 @@ def by_art(task: Task) -> Contender:
 # name → (how it is made, the distribution that it needs)
 EVERYWHERE: dict[str, tuple[Callable[[Task], Contender], str | None]] = {
     "defend": (ours, None),
+    "defend channels_last": (lambda task: ours(task, channels_last=True), None),
     "bare": (bare, None),
     "torchattacks": (by_torchattacks, "torchattacks"),
     "foolbox": (by_foolbox, "foolbox"),

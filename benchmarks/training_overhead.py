@@ -6,7 +6,7 @@ Pairs, measured interleaved in one process; a ratio is the median over the repea
 (seconds with defend / seconds of its baseline in the same round):
 
     plain     Trainer without callbacks      /  bare loop          (Lightning's own cost)
-    robust    Trainer + AdversarialTraining  /  bare PGD-7 loop
+    robust    Trainer + AdversarialTraining  /  bare PGD-10 loop
     private   Trainer + DifferentialPrivacy  /  bare Opacus loop   (Opacus' make_private, Poisson)
 
 Data: random 1 × 28 × 28 images; a small convolutional net. The last line is JSON.
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import defend
 
-RECORDS, BATCH, EPS, STEPS = 2048, 128, 0.1, 7
+RECORDS, BATCH, EPS, STEPS = 2048, 128, 0.1, 10
 
 
 def network() -> nn.Module:

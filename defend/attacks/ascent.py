@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from defend.attacks.context import logits_of
+from defend.attacks.precision import Context
 from defend.errors import InputError
 from defend.objectives.losses import in_full_precision
 from defend.threat.balls import Ball
@@ -123,6 +124,10 @@ class Ascent:
         problem: the records.
         delta: where each record is, raw units; written.
         targeted: whether the loss is to fall, and the model is fooled where it says y.
+        nan_fools: whether logits of NaN are a wrong answer; not where only the attack's own
+            precision makes them so.
+        judge: the precision that counts for who is fooled, where the attack's is another; None
+            leaves the attack to judge for itself. Asks the device who is to be looked at again.
         best: the best δ seen *before* a step, or None if nobody asks; written.
         counts: int64 `[2]`: gradients that were zero, and that were not finite; written.
     """
@@ -133,6 +138,8 @@ class Ascent:
     problem: Problem
     delta: Tensor
     targeted: bool
+    nan_fools: bool
+    judge: Context | None
     best: Best | None
     counts: Tensor
 
@@ -168,30 +175,46 @@ class Ascent:
 
     def _count(self, grad: Tensor) -> None:
         # One pass over memory: the largest |value| is 0, or NaN or inf, exactly when asked for.
-        size = grad.abs().amax(tuple(range(1, grad.ndim)))
-        self.counts.add_(torch.stack([(size == 0).sum(), (~size.isfinite()).sum()]))
+        largest = grad.abs().amax(tuple(range(1, grad.ndim)))
+        useless = torch.stack([largest == 0, (largest < float("inf")).logical_not_()])
+        self.counts.add_(useless.sum(1))
 
-    def fooled(self, logits: Tensor, losses: Tensor) -> Tensor:
-        """Which records have the attacker where it wants them; a loss that is not finite counts.
+    def fooled(self, logits: Tensor) -> Tensor:
+        """Which records have the attacker where it wants them.
 
         Only a classifier can be fooled; elsewhere the loss alone tells one δ from another.
         """
-        y, broken = self.problem.y, ~losses.detach().isfinite()
-        if logits.ndim != 2 or logits.shape[1] < 2:
-            return broken
-        if y.is_floating_point() and y.shape == logits.shape:
+        y = self.problem.y
+        classes = logits.ndim == 2 and logits.shape[1] > 1
+        if classes and y.is_floating_point() and y.shape == logits.shape:
             probabilities = (y >= 0).all(1) & ((y.sum(1) - 1).abs() < 1e-3)
-            return (self._reached(logits, y.argmax(1)) & probabilities) | broken
-        if y.is_floating_point() or y.shape != logits.shape[:1]:
-            return broken
-        return self._reached(logits, y) | broken
+            reached = self._reached(logits, y.argmax(1)) & probabilities
+        elif classes and not y.is_floating_point() and y.shape == logits.shape[:1]:
+            reached = self._reached(logits, y)
+        else:
+            return torch.zeros(len(self.delta), dtype=torch.bool, device=self.delta.device)
+        nan = logits.isnan().any(1)
+        fooled = reached | nan if self.nan_fools else reached & ~nan
+        return fooled if self.judge is None else self._confirmed(self.judge, fooled)
+
+    def _confirmed(self, judge: Context, fooled: Tensor) -> Tensor:
+        rows = fooled.nonzero().squeeze(1)
+        if len(rows) == 0:
+            return fooled
+        few = dataclasses.replace(self.rows(rows), judge=None, nan_fools=True)
+        with judge(), torch.no_grad():
+            logits = few.forward()[1]
+        return fooled.index_put((rows,), few.fooled(logits))
 
     def _reached(self, logits: Tensor, labels: Tensor) -> Tensor:
         return (logits.argmax(1) == labels) == self.targeted
 
     def seen(self, logits: Tensor, losses: Tensor) -> Best:
         """The best of each record with what `forward` has just seen; that alone if nobody asks."""
-        now = Best(self.delta, losses.detach(), self.fooled(logits, losses))
+        losses = losses.detach().to(self.delta.dtype)
+        # A loss that is not finite says nothing of how good δ is.
+        losses = torch.where(losses.isfinite(), losses, float("-inf"))
+        now = Best(self.delta, losses, self.fooled(logits))
         if self.best is None:
             return now
         self.best.see_(now)

@@ -78,7 +78,7 @@ class Climb:
         rows = slice(start, stop)
         ascent = self.ascent(problem.rows(rows), delta[rows].clone())
         if self.stop_when_fooled:
-            found, gradients = _climb_standing(ascent, self.steps)
+            found, gradients = self._climb_standing(ascent)
         else:
             if not (self.graphed and graphs.climb(ascent, self.steps)):
                 for _ in range(self.steps):
@@ -93,31 +93,30 @@ class Climb:
         """One step on the first so many rows, to measure its memory."""
         self.ascent(problem.rows(slice(0, rows)), delta[:rows].clone())()
 
+    def _climb_standing(self, ascent: Ascent) -> tuple[Best, int]:
+        """Steps on the records that do not fool the model yet; the others stay where they did.
 
-def _climb_standing(ascent: Ascent, steps: int) -> tuple[Best, int]:
-    """Steps on the records that do not fool the model yet; the others stay where they did.
-
-    Returns:
-        Where each record ended, and how many gradients that took.
-    """
-    outcome = Best.none(ascent.delta)
-    standing = torch.arange(len(ascent.delta), device=ascent.delta.device)
-    gradients = 0
-    for _ in range(steps):
-        adv, logits, losses = ascent.forward()
-        now = ascent.seen(logits, losses)
-        outcome.put_(standing, now)
-        keep = (~now.fooled).nonzero().squeeze(1)
-        if len(keep) == 0:
-            return outcome, gradients
-        if 2 * len(keep) <= len(standing):
-            # A new forward of the few costs less than a backward of all.
-            standing, ascent = standing[keep], ascent.rows(keep)
-            keep = torch.arange(len(keep), device=keep.device)
-            adv, _, losses = ascent.forward()
-        gradients += len(standing)
-        ascent.climb(adv, losses)
-        if len(keep) < len(standing):
-            standing, ascent = standing[keep], ascent.rows(keep)
-    outcome.put_(standing, ascent.end(judged=True))
-    return outcome, gradients
+        Returns:
+            Where each record ended, and how many gradients that took.
+        """
+        outcome = Best.none(ascent.delta)
+        standing = torch.arange(len(ascent.delta), device=ascent.delta.device)
+        gradients = 0
+        for _ in range(self.steps):
+            adv, logits, losses = ascent.forward()
+            now = ascent.seen(logits, losses)
+            outcome.put_(standing, now)
+            keep = (~now.fooled).nonzero().squeeze(1)
+            if len(keep) == 0:
+                return outcome, gradients
+            if 2 * len(keep) <= len(standing):
+                # A new forward of the few costs less than a backward of all.
+                standing, ascent = standing[keep], ascent.rows(keep)
+                keep = torch.arange(len(keep), device=keep.device)
+                adv, _, losses = ascent.forward()
+            gradients += len(standing)
+            ascent.climb(adv, losses)
+            if len(keep) < len(standing):
+                standing, ascent = standing[keep], ascent.rows(keep)
+        outcome.put_(standing, ascent.end(judged=True))
+        return outcome, gradients

@@ -1,5 +1,6 @@
 """What an attack must leave untouched, whatever happens inside it."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,6 +24,14 @@ def _per_record_recorders(modules: list[nn.Module]) -> list[Any]:
     return list(owners.values())
 
 
+def module_of(model: Callable[..., Any]) -> nn.Module | None:
+    """The module behind a callable: itself, or the one that a method or partial belongs to."""
+    while isinstance(model, functools.partial):
+        model = model.func
+    model = getattr(model, "__self__", model)
+    return model if isinstance(model, nn.Module) else None
+
+
 @contextmanager
 def no_trace(
     model: Callable[..., Any], device: torch.device, *, freeze: bool = True
@@ -34,23 +43,29 @@ def no_trace(
     for it; per-record hooks are off, so DP-SGD does not count the record twice; autograd works
     even under `no_grad` and `inference_mode`. On leaving, also by an exception, all of it is as it
     was: `.training` of each submodule on its own, `requires_grad`, every `.grad`, the per-record
-    hooks and the global RNG of the CPU and of `device`.
+    hooks and the global RNG of the CPU and of `device`. Not for two threads on one model: the
+    second would find it in eval mode, and the first would take that away.
 
     Args:
-        model: what is attacked; a plain callable has nothing to leave behind.
+        model: what is attacked: a module, a method of one or a `functools.partial` of these. What
+            another callable leaves behind is its own affair.
         device: where it runs.
         freeze: whether parameters require no gradient inside. Autocast keeps the casts of only
             those that do, and casts the others anew in every forward. An attack that asks
             `torch.autograd.grad` for the gradient of its input alone computes no others anyway,
             but for a compiled model, which is frozen in any case.
     """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    module = module_of(model)
+    modules = [] if module is None else list(module.modules())
+    parameters = [] if module is None else list(module.parameters())
     training = [m for m in modules if m.training]
     frozen = freeze or any(_is_compiled(m) for m in modules)
     trainable = [p for p in parameters if p.requires_grad and frozen]
     recorders = [r for r in _per_record_recorders(modules) if r.hooks_enabled]
     with ExitStack() as stack:
+        if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in modules):
+            # cuDNN has no backward for recurrent layers in eval mode.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(

@@ -39,9 +39,10 @@ Replay = Callable[[], None]
 
 def may_capture(model: Any, x: Tensor) -> bool:
     """Whether steps on x are worth a try."""
-    return (
-        x.is_cuda and isinstance(model, nn.Module) and not torch.cuda.is_current_stream_capturing()
-    )
+    if not x.is_cuda or not isinstance(model, nn.Module):
+        return False
+    shelf = _SHELVES.get(model)
+    return (shelf is None or not shelf.refused) and not torch.cuda.is_current_stream_capturing()
 
 
 def climb(ascent: Ascent, steps: int) -> bool:
@@ -74,12 +75,19 @@ class _Shelf:
         self._told: set[str] = set()
         self._in_a_row, self._last = 0, Look()
         self._restless: set[str] | None = None
+        # What the forward or the loss raises here is raised without graphs, too.
+        restless = _restless(ascent)
         try:
-            self._restless = _restless(ascent)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
+            assert isinstance(ascent.model, nn.Module)
+            check_model(ascent.model, ascent.delta.device)
+            self._restless = restless
+        except RuntimeError as error:
             self._refuse(error)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the model is not to be captured at all."""
+        return self._restless is None
 
     def climb(self, ascent: Ascent, steps: int) -> bool:
         if self._restless is None:
@@ -201,16 +209,11 @@ def _record(own: Ascent, pool: Any) -> tuple[Replay, Any]:
 
 
 def _restless(ascent: Ascent) -> set[str]:
-    """What the forward itself changes at every call: a counter, features that it keeps.
-
-    Raises:
-        RuntimeError: for models whose steps are not to be captured.
-    """
+    """What the forward itself changes at every call: a counter, features that it keeps."""
     model = ascent.model
     assert isinstance(model, nn.Module)
     with keep_random_numbers(ascent.delta.device):
         _copy(ascent)()  # the first call may build what stays
-        check_model(model, ascent.delta.device)
         before = look_of(model)
         _copy(ascent)()
         return {name for name, _ in before ^ look_of(model)}
@@ -264,7 +267,12 @@ def _key(ascent: Ascent) -> Hashable:
     """What a graph is good for, the model apart: settings, shapes, layouts, autocast, stream."""
     device = ascent.delta.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    kernels = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    kernels = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.allow_tf32,
+        torch.get_float32_matmul_precision(),
+    )
     shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in _tensors(ascent))
     ball = ascent.ball.with_eps(0.0)  # the radius is a tensor of the region
     settings = (ball, ascent.targeted, ascent.problem.dtype, ascent.best is None)

@@ -1,10 +1,9 @@
 """Projected gradient ascent: the only gradient attack in defend, for every norm."""
 
-import contextlib
 import dataclasses
 import warnings
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from defend.attacks.ascent import Ascent, Best, Model, PerRecordLoss, Problem
 from defend.attacks.attack import AttackResult
 from defend.attacks.climb import Climb
 from defend.attacks.context import logits_of, no_trace
+from defend.attacks.precision import PRECISIONS, Context, as_now, autocast, keeps_casts
 from defend.attacks.sizing import ChunkSize
 from defend.batching.chunks import check_chunk_size
 from defend.batching.memory import SHARE
@@ -28,7 +28,6 @@ from defend.objectives.losses import (
 from defend.threat.balls import Ball
 from defend.threat.inputs import InputSpace
 
-_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOSSES: dict[str, PerRecordLoss] = {
     "ce": cross_entropy,
     "margin": margin,
@@ -54,21 +53,26 @@ class PGD:
         steps: gradient steps, ≥ 1.
         step_size: length of a step in raw units; None means 2.5 · eps / steps, which is the
             2/255 of Madry's 8/255 in 10 steps.
-        random_start: start uniformly in the ball rather than at the clean input.
-        start_radius: radius that the start is drawn from, in raw units; None means `eps`.
+        random_start: start uniformly in a ball rather than at the clean input.
+        start_radius: radius that the start is drawn from, in raw units; None means `eps`, and half
+            of it for L2.
         restarts: independent runs from new random starts; each record keeps its best one, a
             misclassified one before any other and then the one of highest loss.
         loss: what is increased: "ce" (cross-entropy), "margin" (difference of logits ratio),
-            "kl" (divergence from the clean input's logits; needs no y), or a callable
+            "kl" (divergence from the clean input's logits, whatever y says), or a callable
             (logits, y) → loss of each record, shape `[N]`.
         targeted: y is the class that the attacker wants; the loss is decreased.
         iterate: which δ of a run to return: the "last", or the "best", judged as restarts are, at
             the price of one more forward. None means the last, and the best in `evaluate` and
             `RobustnessEvaluation`.
         stop_when_fooled: a record that fools the model stays where it is, and the batch shrinks to
-            those still standing. Asks the device for their number once a step.
+            those still standing. Asks the device for their number once a step. With a `precision`
+            of its own, those that seem fooled are looked at once more without it.
         precision: "fp32", "bf16" or "fp16" autocast for the attack's forwards and backwards,
             apart from the training's; None means the autocast in force.
+        channels_last: run images `[N, C, H, W]` through the model in this layout, in which
+            convolutions are often faster; x_adv comes back in x's own. The model must not `view`
+            its feature maps.
         inputs: the legal box, with mean and std where batches are normalized.
         cuda_graphs: on a GPU, capture a step when a shape comes up the second time, and replay it.
             What the forward decides in Python is then decided once (a change of the model's
@@ -98,6 +102,7 @@ class PGD:
     iterate: str | None = None
     stop_when_fooled: bool = False
     precision: str | None = None
+    channels_last: bool = False
     inputs: InputSpace = InputSpace()
     cuda_graphs: bool = True
 
@@ -108,7 +113,14 @@ class PGD:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"Expected `{name}` to be an integer ≥ 1, got {value!r}.")
-        if self.step_size is not None and not self.step_size > 0:
+        if not isinstance(self.ball, Ball):
+            raise InputError(
+                f"Expected `ball` to be a ball such as Linf(8 / 255), got {self.ball!r}."
+            )
+        if not isinstance(self.inputs, InputSpace):
+            raise InputError(f"Expected `inputs` to be an InputSpace, got {self.inputs!r}.")
+        self.inputs.check_radius(self.ball)
+        if self.step_size is not None and not 0 < self.step_size < float("inf"):
             raise InputError(f"Expected `step_size` to be > 0 or None, got {self.step_size}.")
         if self.start_radius is not None and not 0 < self.start_radius < float("inf"):
             raise InputError(f"Expected `start_radius` to be > 0 or None, got {self.start_radius}.")
@@ -119,9 +131,9 @@ class PGD:
             )
         if self.iterate not in (None, "last", "best"):
             raise InputError(f"Expected `iterate` to be 'last' or 'best', got {self.iterate!r}.")
-        if self.precision not in (None, *_PRECISIONS):
+        if self.precision not in (None, *PRECISIONS):
             raise InputError(
-                f"Expected `precision` to be None or one of {sorted(_PRECISIONS)}, got "
+                f"Expected `precision` to be None or one of {sorted(PRECISIONS)}, got "
                 f"{self.precision!r}."
             )
         if self.targeted and self.loss == "kl":
@@ -228,15 +240,17 @@ class PGD:
             generator = torch.Generator(device=x.device)
             generator.seed()
         graphed = self._may_capture(model, x)
-        with no_trace(model, x.device, freeze=graphed or not self._casts(x.device)):
+        with no_trace(model, x.device, freeze=graphed or not keeps_casts(self.precision, x.device)):
             # Clones made here are ordinary tensors even where x was made in inference mode.
-            clean, y = x.detach().clone(), y.detach().clone() if y.is_inference() else y.detach()
+            layout = torch.channels_last if self.channels_last else torch.preserve_format
+            clean, y = x.detach().clone(memory_format=layout), y.detach().clone()
             problem = self._problem(clean, y, eps, mask)
-            with self._autocast(x.device):
+            judge = as_now(x.device) if self.precision and self.stop_when_fooled else None
+            with autocast(self.precision, x.device):
                 climb = Climb(
                     problem,
                     start=partial(self.start, problem, generator),
-                    ascent=partial(self.ascent, model),
+                    ascent=partial(self.ascent, model, judge),
                     steps=self.steps,
                     restarts=self.restarts,
                     stop_when_fooled=self.stop_when_fooled,
@@ -244,10 +258,15 @@ class PGD:
                     size=self._chunk_size(model, x),
                     asked=chunk_size,
                 )
-                x_adv = problem.result(climb.best())
+                x_adv = torch.empty_like(x).copy_(problem.result(climb.best()))
         return AttackResult(x_adv, climb.gradients, *climb.counts)
 
     def _check(self, x: Tensor, y: Tensor) -> None:
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise InputError(
+                f"Expected x and y to be tensors, got {type(x).__name__} and {type(y).__name__}. "
+                "Give one target a record, whatever the loss."
+            )
         if not x.is_floating_point():
             raise InputError(
                 f"Expected floating point inputs, got {x.dtype}. Scale them into the box first, "
@@ -256,6 +275,10 @@ class PGD:
         if x.ndim < 2:
             raise InputError(
                 f"Expected inputs of shape [N, ...] with one record a row, got {tuple(x.shape)}."
+            )
+        if self.channels_last and x.ndim != 4:
+            raise InputError(
+                f"Expected images [N, C, H, W] with channels_last=True, got shape {tuple(x.shape)}."
             )
         if len(x) != len(y):
             raise InputError(
@@ -296,12 +319,14 @@ class PGD:
         region = problem.region
         if not self.random_start:
             return torch.zeros_like(problem.x)
-        radius = self._scaled(self.start_radius, 1.0, region.eps)
+        radius = self._scaled(self.start_radius, self.ball.start_share, region.eps)
         delta = self.ball.random_start(problem.x, generator, eps=radius, free=region.free)
         # A start wider than the ball comes back to it: it may be the best that is found.
         return self.ball.project_(delta, region)
 
-    def ascent(self, model: Model, problem: Problem, delta: Tensor) -> Ascent:
+    def ascent(
+        self, model: Model, judge: Context | None, problem: Problem, delta: Tensor
+    ) -> Ascent:
         """One run over some records, from `delta`, which it moves."""
         if self.loss == "kl":
             # With a graph, though nobody needs it: autocast would keep casts of weights without.
@@ -314,6 +339,8 @@ class PGD:
             problem=problem,
             delta=delta,
             targeted=self.targeted,
+            nan_fools=self.precision is None,
+            judge=judge,
             best=Best.none(delta) if self.iterate == "best" else None,
             counts=torch.zeros(2, dtype=torch.int64, device=delta.device),
         )
@@ -327,23 +354,6 @@ class PGD:
         autocast = torch.is_autocast_enabled(x.device.type)
         key = (x.shape[1:], x.dtype, self.ball.name, self.iterate, self.precision, autocast)
         return ChunkSize(model, key, x.device, SHARE)
-
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        if self.precision is None:
-            return contextlib.nullcontext()
-        dtype = _PRECISIONS[self.precision]
-        if dtype == torch.float32:
-            return torch.autocast(device.type, enabled=False)
-        return torch.autocast(device.type, dtype)
-
-    def _casts(self, device: torch.device) -> bool:
-        """Whether autocast will keep casts of the weights, in the dtype that the attack needs."""
-        kind = device.type
-        outer = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        if self.precision is None:
-            return outer is not None
-        # One cache for all: casts in another dtype than the training's would meet it there.
-        return self.precision != "fp32" and outer in (None, _PRECISIONS[self.precision])
 
     def _may_capture(self, model: Model, x: Tensor) -> bool:
         return self.cuda_graphs and not self.stop_when_fooled and graphs.may_capture(model, x)

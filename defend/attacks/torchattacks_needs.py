@@ -136,7 +136,7 @@ def check_images(name: str, resolved: Mapping[str, Any], shape: tuple[int, ...])
             )
 
 
-def fewest_classes(name: str, resolved: Mapping[str, Any]) -> int:
+def _fewest_classes(name: str, resolved: Mapping[str, Any]) -> int:
     """Classes below which a loss of the attack has no value; 0 where any number will do."""
     if name == "APGDT":
         return 4
@@ -166,12 +166,3 @@ def check_classes(name: str, resolved: Mapping[str, Any], found: int) -> None:
             f"Expected `n_classes` from 2 to the {found} classes of the model, got {targets}. "
             "Leave it out."
         )
-
-
-def _fewest_classes(name: str, resolved: Mapping[str, Any]) -> int:
-    """Classes below which a loss of the attack has no value; 0 where any number will do."""
-    if name == "APGDT":
-        return 4
-    if name == "AutoAttack":
-        return 3 if resolved["version"] == "rand" else 4
-    return 3 if resolved.get("loss") == "dlr" else 0

@@ -79,11 +79,17 @@ def _run_or_message(run: Callable[[int, int], None], start: int, stop: int) -> s
     """None, or why the rows did not fit. Once this returns, nothing holds what did not fit."""
     try:
         run(start, stop)
-    except torch.OutOfMemoryError as error:
-        if stop - start == 1:
+    except RuntimeError as error:
+        if stop - start == 1 or not _is_out_of_memory(error):
             raise
         return str(error).splitlines()[0] if str(error) else "out of memory"
     return None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Libraries under torch, and its allocator for the CPU, have errors of no type of their own."""
+    known = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(k in str(error) for k in known)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -102,3 +108,18 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def kept_bytes(run: Callable[[], object]) -> int:
+    """Bytes that autograd keeps from the forwards of `run` for the backwards, weights included."""
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.layout == torch.strided:
+            storage = t.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t.detach()  # t itself may own the graph that it is packed for
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(kept.values())

@@ -164,6 +164,9 @@ def _steps_up(loss: Tensor, weights: list[Tensor], gamma: float) -> list[Tensor]
 def ascent(weight: Tensor, gradient: Tensor, gamma: float) -> Tensor:
     """γ · ‖w‖ · g / ‖g‖, of the shape and dtype of w; zero where g is zero or not finite."""
     g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    # Divided by its largest value first: the squares of tiny gradients are zero.
+    largest = g.abs().amax()
+    g = g / torch.where(largest > 0, largest, 1.0)
     norm = torch.linalg.vector_norm(g)
     usable = norm.isfinite() & (norm > 0)
     size = gamma * torch.linalg.vector_norm(weight, dtype=g.dtype)

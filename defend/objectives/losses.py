@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from defend.errors import InputError
+
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """−log softmax(z)_y of each record.
@@ -73,13 +75,19 @@ def kl(clean_logits: Tensor, logits: Tensor) -> Tensor:
     Returns:
         `[N]`.
     """
-    return F.kl_div(
-        logits.log_softmax(1), clean_logits.log_softmax(1), reduction="none", log_target=True
-    ).sum(1)
+    log_p, log_q = clean_logits.log_softmax(1), logits.log_softmax(1)
+    p = log_p.exp()
+    # A class that the clean input rules out (a logit of −inf, say) adds 0, not 0 · (∞ − ∞).
+    return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(1)
 
 
 def _lead(logits: Tensor, y: Tensor) -> Tensor:
     """max_{i≠y} z_i − z_y of each record."""
+    if y.shape not in (logits.shape[:1], logits.shape):
+        raise InputError(
+            f"Expected class indices of shape ({len(logits)},) or class probabilities of shape "
+            f"{tuple(logits.shape)}, got targets of shape {tuple(y.shape)}."
+        )
     label = labels_of(y).unsqueeze(1)
     own = logits.gather(1, label).squeeze(1)
     return logits.scatter(1, label, float("-inf")).amax(1) - own

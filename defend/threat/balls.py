@@ -33,6 +33,7 @@ class Ball(ABC):
 
     eps: float
     name: ClassVar[str]
+    start_share: ClassVar[float] = 1.0  # of eps, that an attack's start is drawn from
 
     def __post_init__(self) -> None:
         if not 0 <= self.eps < float("inf"):
@@ -75,7 +76,7 @@ class Ball(ABC):
             region: where δ may go.
 
         Returns:
-            v, shaped like `grad`; zero where the gradient is zero or not finite.
+            v, shaped like `grad`, finite; zero where the gradient is zero or NaN.
         """
 
     @abstractmethod
@@ -130,8 +131,7 @@ class Linf(Ball):
         return hold_(start.to(like.device).mul_(self.eps if eps is None else eps), free)
 
     def steepest(self, grad: Tensor, delta: Tensor, region: Region) -> Tensor:
-        # The sign of NaN is 0 already, that of ±inf is not.
-        return grad.nan_to_num(0.0, 0.0, 0.0).sign_()
+        return grad.sign()  # 0 for NaN; ±inf still points somewhere
 
     def project_(self, delta: Tensor, region: Region) -> Tensor:
         return delta.clamp_(region.lower, region.upper)
@@ -154,6 +154,9 @@ class L2(Ball):
     """
 
     name: ClassVar[str] = "l2"
+    # In many dimensions nearly all of a ball lies at its surface, and a start there leaves steps
+    # only the way around: 20 steps came out 1 to 2 points weaker than from within half the radius.
+    start_share: ClassVar[float] = 0.5
 
     def random_start(
         self,

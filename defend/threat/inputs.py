@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from defend.errors import InputError
+from defend.threat.balls import Ball
 from defend.threat.region import Region
 
 # Normalizing in float32 (or reading half precision) moves a legal value by rounding only. What
@@ -47,10 +48,17 @@ class InputSpace:
     def __post_init__(self) -> None:
         for name in ("low", "high", "mean", "std"):
             value = getattr(self, name)
+            if name in ("mean", "std") and isinstance(value, int | float):
+                value = (value,)
             if isinstance(value, Iterable):
                 # Lists (from YAML, say) are welcome; tuples keep the object hashable.
                 object.__setattr__(self, name, tuple(float(v) for v in value))
-        object.__setattr__(self, "immutable", tuple(int(i) for i in self.immutable))
+        held = self.immutable
+        if not isinstance(held, Iterable) or any(type(i) is not int for i in held):
+            raise InputError(
+                f"Expected `immutable` to be indices of channels such as (0, 3), got {held!r}."
+            )
+        object.__setattr__(self, "immutable", tuple(held))
         if (self.mean is None) != (self.std is None):
             raise InputError(
                 "Expected `mean` and `std` together or not at all, got only "
@@ -59,8 +67,10 @@ class InputSpace:
         self._check_lengths()
         if not all(low < high for low, high in _boxes(self.low, self.high)):
             raise InputError(f"Expected `low` < `high`, got low={self.low}, high={self.high}.")
-        if self.std is not None and not min(self.std) > 0:
-            raise InputError(f"Expected every `std` to be > 0, got {self.std}.")
+        if self.std is not None and not all(0 < s < math.inf for s in self.std):
+            raise InputError(f"Expected every `std` to be > 0 and finite, got {self.std}.")
+        if self.mean is not None and not all(map(math.isfinite, self.mean)):
+            raise InputError(f"Expected every `mean` to be finite, got {self.mean}.")
         if min(self.immutable, default=0) < 0:
             raise InputError(
                 f"Expected every `immutable` channel to be ≥ 0, got {self.immutable}. Count "
@@ -81,6 +91,19 @@ class InputSpace:
                     f"Expected `{name}` and `{other}` of the same length, got {len(mine)} and "
                     f"{len(theirs)}. Give one number for each channel."
                 )
+
+    def check_radius(self, ball: Ball) -> None:
+        """Refuse a radius in units other than the box's: 8 where 8 / 255 is meant.
+
+        Raises:
+            InputError: if an L∞ ball is more than four boxes wide in radius.
+        """
+        widest = max(high - low for low, high in _boxes(self.low, self.high))
+        if ball.name == "linf" and ball.eps > 4 * widest:
+            raise InputError(
+                f"Expected `eps` in units of the input box, {widest:g} wide, got {ball.eps:g}: "
+                "every input would be legal. For [0, 1] give 8 / 255, not 8."
+            )
 
     def moments(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """(mean, std) shaped `[1, C, 1, ...]` to broadcast over `like`; None if not normalized."""
@@ -211,7 +234,7 @@ def _by_channel(values: float | tuple[float, ...], like: Tensor, name: str) -> T
 
 def _radius(raw: Tensor, eps: float | Tensor) -> Tensor:
     """eps as a tensor, 0-dimensional or `[N, 1, ...]`."""
-    radius = torch.as_tensor(eps, dtype=raw.dtype)
+    radius = torch.as_tensor(eps, dtype=raw.dtype).detach()
     if not bool(((radius >= 0) & radius.isfinite()).all()):
         raise InputError(
             f"Expected `eps` to be finite and ≥ 0, got {eps}. Give the radius in units of the raw "
