@@ -58,7 +58,7 @@ def no_trace(
     module = module_of(model)
     modules = [] if module is None else list(module.modules())
     parameters = [] if module is None else list(module.parameters())
-    training = [m for m in modules if m.training]
+    modes = [(m, m.training) for m in modules]
     frozen = freeze or any(_is_compiled(m) for m in modules)
     trainable = [p for p in parameters if p.requires_grad and frozen]
     recorders = [r for r in _per_record_recorders(modules) if r.hooks_enabled]
@@ -72,7 +72,7 @@ def no_trace(
             torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda")
         )
         try:
-            for module in training:
+            for module in modules:
                 # Not `.eval()`: it recurses, and users override `.train()`.
                 module.training = False
             for parameter in trainable:
@@ -81,8 +81,8 @@ def no_trace(
                 recorder.disable_hooks()
             yield
         finally:
-            for module in training:
-                module.training = True
+            for module, mode in modes:
+                module.training = mode
             for parameter in trainable:
                 parameter.requires_grad_(True)
             for recorder in recorders:

@@ -1,5 +1,7 @@
 """Robust accuracy on the validation data, while training."""
 
+import hashlib
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from defend.attacks.pgd import PGD
 from defend.batching.chunks import check_chunk_size
@@ -18,7 +20,7 @@ from defend.evaluation.robustness import (
     RobustnessMeter,
     RobustnessReport,
     check_attacks,
-    robustness_curve,
+    curve_of_batches,
 )
 
 # Radii of the robustness curve, in units of the attack's own eps.
@@ -47,12 +49,13 @@ class RobustnessEvaluation(DefendCallback):
         attacks: attacks by name, for example {"pgd20": PGD(Linf(8 / 255), steps=20)}.
         every_n_epochs: evaluate after every so many epochs, and after the last that the Trainer
             plans. Whatever monitors `robust/…` must look as often (EarlyStopping: strict=False).
-            Where training ends between two evaluations, a warning says so and the card names the
-            step that was measured.
+            Where training ends between two evaluations, or other weights are put in place at its
+            end (averaged ones, say), a warning says so and the card names the step that was
+            measured.
         max_records: evaluate so many validation records at most, rounded up to equal shares of
             all processes; None means all.
         curve_records: records for the robustness curve (accuracy by eps, of each ball's PGD with
-            the most steps) after training; 0 means no curve.
+            the most steps) of the final weights; 0 means no curve.
         input_key: where the inputs are in a batch.
         target_key: where the class indices are.
         chunk_size: most rows attacked at once. "auto": what fits for PGD, whole batches for other
@@ -93,6 +96,7 @@ class RobustnessEvaluation(DefendCallback):
         self._report: RobustnessReport | None = None
         self._curves: dict[str, dict[float, float]] = {}
         self._measured_at = -1
+        self._measured: str | None = None  # digest of the weights
         self._meter: RobustnessMeter | None = None
         self._kept: list[tuple[Tensor, Tensor]] = []
 
@@ -147,11 +151,16 @@ class RobustnessEvaluation(DefendCallback):
             if room <= 0:
                 return
             x, y = x[:room], y[:room]
+        if meter.batches == 0 and trainer.is_global_zero:
+            # Here, not at the end of the epoch: callbacks that validate averaged weights may have
+            # put the others back by then.
+            self._measured = _digest(pl_module)
         with trainer.precision_plugin.forward_context():
             meter.update(pl_module, x, y)
         missing = self.curve_records - sum(len(kept) for kept, _ in self._kept)
         if missing > 0 and trainer.state.fn == "fit":
-            self._kept.append((x[:missing].clone(), y[:missing].clone()))
+            with torch.inference_mode(False):  # they are attacked outside of it
+                self._kept.append((x[:missing].clone(), y[:missing].clone()))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._meter is None:
@@ -164,23 +173,35 @@ class RobustnessEvaluation(DefendCallback):
             # The figures are already those of all processes; sync_dist only confirms them.
             pl_module.log(name, value, prog_bar="worst_case" in name, sync_dist=True, batch_size=1)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._measured_at != trainer.global_step:
-            rank_zero_warn(
-                f"Training ended at step {trainer.global_step} without a robustness evaluation of "
-                f"the final weights; the last one was at step {max(self._measured_at, 0)}. Run "
-                "trainer.validate, or set every_n_epochs=1."
-            )
-        if not trainer.is_global_zero or not self._kept:
-            return
-        x, y = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
-        self._kept = []
-        with trainer.precision_plugin.forward_context():
-            for ball, attack in self._curve_attacks().items():
-                radii = [share * attack.ball.eps for share in _CURVE]
-                self._curves[ball] = robustness_curve(
-                    pl_module, x, y, attack, radii, chunk_size=self.chunk_size
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not on_train_end: there callbacks further down the list still put averaged weights in
+        # place. And before the evidence is written, which has the curve.
+        if trainer.is_global_zero:
+            if self._measured != _digest(pl_module):
+                rank_zero_warn(
+                    f"Training ended at step {trainer.global_step} without a robustness evaluation "
+                    f"of the final weights; the last one was at step {max(self._measured_at, 0)}, "
+                    "and the weights have changed since. Run trainer.validate, or set "
+                    "every_n_epochs=1."
                 )
+            self._measure_curves(trainer, pl_module)
+        super().on_fit_end(trainer, pl_module)
+
+    def _measure_curves(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        batches, self._kept = self._kept, []
+        if not batches:
+            return
+        home = pl_module.device  # by now the strategy has moved it to the CPU
+        pl_module.to(batches[0][0].device)
+        try:
+            with trainer.precision_plugin.forward_context():
+                for ball, attack in self._curve_attacks().items():
+                    radii = [share * attack.ball.eps for share in _CURVE]
+                    self._curves[ball] = curve_of_batches(
+                        pl_module, batches, attack, radii, chunk_size=self.chunk_size
+                    )
+        finally:
+            pl_module.to(home)
 
     def _curve_attacks(self) -> dict[str, PGD]:
         chosen: dict[str, PGD] = {}
@@ -203,10 +224,11 @@ class RobustnessEvaluation(DefendCallback):
     def carried(self) -> dict[str, Any]:
         curves = {ball: list(curve.items()) for ball, curve in self._curves.items()}
         report = None if self._report is None else self._report.as_dict()
-        return {"report": report, "curves": curves, "measured_at": self._measured_at}
+        measured = {"measured_at": self._measured_at, "measured": self._measured}
+        return {"report": report, "curves": curves, **measured}
 
     def receive(self, carried: dict[str, Any]) -> None:
-        self._measured_at = carried["measured_at"]
+        self._measured_at, self._measured = carried["measured_at"], carried["measured"]
         if carried["report"] is not None:
             self._report = RobustnessReport(**carried["report"])
         self._curves = {ball: dict(map(tuple, c)) for ball, c in carried["curves"].items()}
@@ -214,3 +236,17 @@ class RobustnessEvaluation(DefendCallback):
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._meter = None
         self._kept = []
+
+
+def _digest(module: nn.Module) -> str:
+    """SHA-256 of the weights and buffers, on whatever device.
+
+    Their content, since versions and addresses say nothing here: what is written through `.data`
+    counts up no version, and moving to another device changes every address.
+    """
+    sha = hashlib.sha256()
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.layout is torch.strided and not tensor.is_quantized:
+            plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            sha.update(plain.flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -51,7 +51,7 @@ class OverfittingAlarm:
     its true robustness falls to nothing within a few hundred steps (Wong, Rice & Kolter 2020,
     arXiv 2001.03994; Andriushchenko & Flammarion 2020, arXiv 2007.02617). The training loss
     does not show it: it falls. So a few training records are attacked with PGD now and then; see
-    `collapsed` for when the alarm goes off.
+    `RobustnessTrend` for when the alarm goes off.
 
     Args:
         attack: the stronger attack; None means PGD-10 in the ball of the training's attack. The
@@ -108,13 +108,12 @@ class OverfittingWatch:
     Attributes:
         alarm: its settings.
         attack: the stronger attack, fit to go on training with.
-        history: every reading so far.
     """
 
     def __init__(self, alarm: OverfittingAlarm, training_attack: Attack) -> None:
         self.alarm = alarm
         self.attack = _stronger(training_attack) if alarm.attack is None else alarm.attack
-        self.history: list[Reading] = []
+        self._trend = RobustnessTrend(alarm.drop)
         self._training_attack = training_attack
         # A record once fooled needs no more steps, and after a collapse most of them are.
         self._probe = dataclasses.replace(self.attack.for_evaluation(), stop_when_fooled=True)
@@ -140,7 +139,7 @@ class OverfittingWatch:
             generator: source of the random starts; None draws from fresh OS entropy.
 
         Returns:
-            What was seen, also kept in `history`.
+            What was seen.
 
         Raises:
             InputError: if the batch is empty, or the model is no classifier.
@@ -159,9 +158,7 @@ class OverfittingWatch:
             records=len(x),
             chance=self._chance(y),
         )
-        alarm = collapsed([*self.history, reading], self.alarm.drop)
-        self.history.append(dataclasses.replace(reading, alarm=alarm))
-        return self.history[-1]
+        return dataclasses.replace(reading, alarm=self._trend.add(reading))
 
     def _chance(self, y: Tensor) -> float:
         """Share of the most frequent class so far, the records of y included."""
@@ -170,22 +167,22 @@ class OverfittingWatch:
         return max(self._labels.values()) / sum(self._labels.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """All it has seen, as plain data."""
+        """What it knows, as plain data: as much after many looks as after a few."""
         return {
-            "history": [dataclasses.asdict(reading) for reading in self.history],
+            "trend": self._trend.state_dict(),
             "labels": [list(pair) for pair in self._labels.items()],
             "last_step": self._last_step,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state."""
-        self.history = [Reading(**reading) for reading in state_dict["history"]]
+        self._trend.load_state_dict(state_dict["trend"])
         self._labels = dict(state_dict["labels"])
         self._last_step = state_dict["last_step"]
 
 
-def collapsed(history: Sequence[Reading], drop: float) -> bool:
-    r"""Whether catastrophic overfitting shows in the last reading.
+class RobustnessTrend:
+    r"""Whether catastrophic overfitting shows, reading by reading.
 
     Looks are taken together until they hold 128 records; p is their PGD accuracy, L their mean
     single-step loss, and [p⁻, p⁺] the Wilson interval of p at z = 3. With "best" the looks of
@@ -202,45 +199,67 @@ def collapsed(history: Sequence[Reading], drop: float) -> bool:
     - The third, because a training that diverges loses robustness too, but its loss rises. Where
       robustness falls while the training's own loss falls, the model fools the attack.
 
-    Args:
-        history: readings, the oldest first.
-        drop: in (0, 1).
+    Only the best and the last readings are kept, so that a look costs the same after a million.
 
-    Returns:
-        False where there are too few records, or a loss is not finite.
+    Args:
+        drop: in (0, 1).
     """
-    looks = _pooled(history)
-    if not looks or looks[-1].end != len(history):
-        return False
-    now, best = looks[-1], max(looks, key=lambda look: look.lower)
-    return (
-        now.upper < drop * best.lower and best.lower > history[-1].chance and now.loss < best.loss
-    )
+
+    def __init__(self, drop: float) -> None:
+        self._drop = drop
+        self._recent: list[Reading] = []
+        self._best: _Looks | None = None
+
+    def add(self, reading: Reading) -> bool:
+        """Take up the next reading.
+
+        Returns:
+            Whether overfitting shows in it; False where there are too few records so far, or a
+            loss is not finite.
+        """
+        self._recent.append(reading)
+        while sum(r.records for r in self._recent[1:]) >= _ENOUGH:
+            del self._recent[0]
+        now = _together(self._recent)
+        if now is None:
+            return False
+        if self._best is None or now.lower > self._best.lower:
+            self._best = now
+        best = self._best
+        lost = now.upper < self._drop * best.lower
+        return lost and best.lower > reading.chance and now.loss < best.loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it keeps, as plain data."""
+        return {
+            "recent": [dataclasses.asdict(reading) for reading in self._recent],
+            "best": None if self._best is None else dataclasses.asdict(self._best),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state."""
+        best = state_dict["best"]
+        self._recent = [Reading(**reading) for reading in state_dict["recent"]]
+        self._best = None if best is None else _Looks(**best)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Looks:
     """Some readings in a row, taken together."""
 
-    end: int
     lower: float
     upper: float
     loss: float
 
 
-def _pooled(history: Sequence[Reading]) -> list[_Looks]:
-    """For each reading, it and as many before it as make enough records; the oldest first."""
-    looks = []
-    for end in range(1, len(history) + 1):
-        records, right, loss = 0, 0.0, 0.0
-        for reading in reversed(history[:end]):
-            records += reading.records
-            right += reading.records * reading.pgd_accuracy
-            loss += reading.records * reading.single_step_loss
-            if records >= _ENOUGH:
-                looks.append(_Looks(end, *wilson(right / records, records, _Z), loss / records))
-                break
-    return looks
+def _together(readings: Sequence[Reading]) -> _Looks | None:
+    """The readings as one; None if they hold too few records."""
+    records = sum(r.records for r in readings)
+    if records < _ENOUGH:
+        return None
+    right = sum(r.records * r.pgd_accuracy for r in readings)
+    loss = sum(r.records * r.single_step_loss for r in readings)
+    return _Looks(*wilson(right / records, records, _Z), loss / records)
 
 
 def wilson(share: float, n: int, z: float) -> tuple[float, float]:

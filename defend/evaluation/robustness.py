@@ -55,7 +55,8 @@ class RobustnessReport:
 class RobustnessMeter:
     """Counts right answers batch by batch.
 
-    Attacks that know how to be at their strongest (`for_evaluation`) are.
+    Attacks that know how to be at their strongest (`for_evaluation`) are. Whatever the attack, the
+    model is left as it was (`no_trace`), and the batch too.
 
     Args:
         attacks: attacks by name; a name becomes part of a metric's name.
@@ -110,7 +111,11 @@ class RobustnessMeter:
         size = self.chunk_size
         if not isinstance(attack, PGD):
             rows = size if isinstance(size, int) else None
-            return attack(model, x, y, generator=generator, chunk_size=rows), 0, 0
+            with no_trace(model, x.device):
+                # Copies: some attacks write into their inputs, and autograd refuses tensors that
+                # were made in inference mode.
+                x, y = x.detach().clone(), y.clone()
+                return attack(model, x, y, generator=generator, chunk_size=rows), 0, 0
         result = attack.run(model, x, y, generator=generator, chunk_size=size)
         useless = result.zero_gradients + result.nonfinite_gradients
         return result.x_adv, useless, result.gradients
@@ -183,10 +188,13 @@ def evaluate(
         Accuracies clean, under each attack and in the worst case.
 
     Raises:
-        InputError: for bad or targeted attacks, bad batches or an empty data set.
+        InputError: for bad or targeted attacks, `max_records` below 1, bad batches or an empty
+            data set.
     """
     from tqdm.auto import tqdm
 
+    if max_records is not None and max_records < 1:
+        raise InputError(f"Expected `max_records` to be ≥ 1 or None, got {max_records}.")
     meter = RobustnessMeter(attacks, seed=seed, chunk_size=chunk_size)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with tqdm(data, desc="robustness", disable=not progress, unit="batch") as bar:
@@ -228,16 +236,37 @@ def robustness_curve(
     Raises:
         InputError: for a targeted attack, or a batch without records.
     """
+    batches = [(x, y)]
+    return curve_of_batches(model, batches, attack, eps_values, seed=seed, chunk_size=chunk_size)
+
+
+def curve_of_batches(
+    model: Model,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    attack: PGD,
+    eps_values: Sequence[float],
+    *,
+    seed: int = 0,
+    chunk_size: int | str | None = "auto",
+) -> dict[float, float]:
+    """`robustness_curve` of all records of several batches, which need not have one shape."""
     check_attacks({"curve": attack})
-    if len(x) == 0:
+    records = sum(len(x) for x, _ in batches)
+    if records == 0:
         raise InputError("Expected at least one record to evaluate, got none.")
-    curve, rows = {}, chunk_size if isinstance(chunk_size, int) else None
+    most = chunk_size if isinstance(chunk_size, int) else None
+    curve = {}
     for eps in eps_values:
-        generator = torch.Generator(device=x.device).manual_seed(seed)
         strongest = attack.with_eps(eps).for_evaluation()
-        x_adv = strongest(model, x, y, generator=generator, chunk_size=chunk_size)
-        right, rows = _is_right(model, x_adv, y, rows)
-        curve[eps] = right.double().mean().item()
+        generator = torch.Generator(device=batches[0][0].device).manual_seed(seed)
+        right = 0
+        for x, y in batches:
+            x_adv = strongest(model, x, y, generator=generator, chunk_size=chunk_size)
+            answers, fitted = _is_right(model, x_adv, y, most)
+            if fitted < min(len(x), most or len(x)):
+                most = fitted
+            right += int(answers.sum())
+        curve[eps] = right / records
     return curve
 
 
@@ -284,7 +313,7 @@ def _is_right(model: Model, x: Tensor, y: Tensor, rows: int | None) -> tuple[Ten
                 f"{tuple(logits.shape)} and {tuple(y.shape)}. Only classifiers can be evaluated."
             )
         # argmax of NaN is class 0: a model that has diverged would be right about it.
-        right[start:stop] = (logits.argmax(1) == y[start:stop]) & logits.isfinite().all(1)
+        right[start:stop] = (logits.argmax(1) == y[start:stop]) & ~logits.isnan().any(1)
 
     with no_trace(model, x.device), torch.no_grad():
         right = torch.zeros(len(x), dtype=torch.bool, device=x.device)

@@ -1,6 +1,7 @@
 """The attack leaves no trace, also when the model raises in the middle."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from defend import L2, PGD, Linf
-from defend.attacks import no_trace
+from defend.attacks import TorchAttack, no_trace
+from defend.attacks.context import module_of
 
 
 class Moody(nn.Module):
@@ -103,6 +105,46 @@ def test_inside_the_model_is_in_eval_mode_and_frozen(case):
         assert torch.is_grad_enabled()
 
 
+WAYS_TO_CALL = {
+    "module": lambda model: model,
+    "method": lambda model: model.forward,
+    "partial": lambda model: functools.partial(model),
+    "partial of a method": lambda model: functools.partial(model.forward),
+    "partial of a partial": lambda model: functools.partial(functools.partial(model.scaled, by=1)),
+}
+
+
+class Scales(Moody):
+    def scaled(self, x, by):
+        return by * self(x)
+
+
+@pytest.mark.parametrize("call", WAYS_TO_CALL.values(), ids=WAYS_TO_CALL)
+@pytest.mark.parametrize("attack", [PGD(Linf(0.1)), TorchAttack("PGD")], ids=["pgd", "torch"])
+def test_a_method_or_partial_is_its_module(call, attack):
+    torch.manual_seed(0)
+    model = Scales().train()
+    model.frozen_norm.eval()
+    x, y = torch.rand(8, 1, 4, 4), torch.randint(0, 3, (8,))
+    F.cross_entropy(model(x), y).backward()
+    modes = []
+    model.register_forward_hook(lambda module, args, out: modes.append(module.training))
+    model.linear.register_forward_hook(lambda module, args, out: modes.append(module.training))
+    before = snapshot(model)
+    adv = attack(call(model), x, y)
+    assert_same(before, snapshot(model))
+    assert modes
+    assert not any(modes)
+    assert not torch.equal(adv, x)
+
+
+def test_other_callables_have_no_module():
+    model = Moody()
+    assert [module_of(way(Scales())) is None for way in WAYS_TO_CALL.values()] == [False] * 5
+    for other in (lambda x: model(x), F.relu, [model].append, functools.partial(F.relu)):
+        assert module_of(other) is None
+
+
 def per_record_state(model):
     return [
         (hasattr(p, "grad_sample"), getattr(p, "grad_sample", None) is None, p._forward_counter)
@@ -152,3 +194,11 @@ def test_users_own_forward_hooks_still_run():
     model.register_forward_hook(lambda m, a, out: seen.append(out) or out * 2)
     PGD(Linf(0.1), steps=3)(model, torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))
     assert len(seen) == 3
+
+
+def test_a_mode_that_the_attack_itself_changed_goes_back_too():
+    """As careless attacks do: `model.train()` at the end, whatever it was before."""
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2)).eval()
+    with no_trace(model, torch.device("cpu")):
+        model.train()
+    assert not any(m.training for m in model.modules())

@@ -233,3 +233,56 @@ def test_chunks_reach_the_attacks_and_change_nothing(chunk_size, most):
 def test_the_card_has_every_attack_in_short():
     told = RobustnessEvaluation(ATTACKS).settings()
     assert told == {"evaluated/pgd3": "PGD(Linf(0.1), steps=3)"}
+
+
+# --- batches and attacks of any kind --------------------------------------------------------------
+
+
+class AnyLength(Net):
+    """Takes rows of any length of at least 8."""
+
+    def forward(self, x):
+        return super().forward(x[:, :8])
+
+
+def test_the_curve_covers_batches_of_different_shapes():
+    x, y = data(48, seed=1).tensors
+    wide = torch.cat([x, torch.rand(48, 4)], 1)
+    batches = [(x[:16], y[:16]), (wide[16:32], y[16:32]), (x[32:], y[32:])]
+    evaluation = RobustnessEvaluation(ATTACKS, curve_records=40)
+    module = AnyLength()
+    run = trainer(callbacks=[evaluation], max_epochs=4)
+    run.fit(module, loader(), DataLoader(batches, batch_size=None))
+    curve = evaluation.curves["linf"]
+    clean = (module(x[:40]).argmax(1) == y[:40]).float().mean().item()
+    assert curve[0.0] == pytest.approx(clean)
+    assert curve[0.1] < curve[0.0]
+
+
+def ascend(model, x, y, *, generator=None, chunk_size=None):
+    """A step as others write it: on the module as it is, with a backward through all of it."""
+    model.eval()
+    x.requires_grad_(True)
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    return (x + 0.1 * x.grad.sign()).clamp(0, 1)
+
+
+def test_attacks_of_others_leave_no_trace_in_training():
+    evaluation = RobustnessEvaluation({"own": ascend})
+    evaluated, _ = fit(evaluation, max_epochs=3)
+    pl.seed_everything(0)
+    plain = Net()
+    trainer(max_epochs=3).fit(plain, loader(), validation())
+    assert torch.equal(flat(evaluated), flat(plain))
+    assert evaluation.report.attack_accuracy["own"] < evaluation.report.clean_accuracy
+
+
+def test_attacks_of_others_run_in_inference_mode():
+    module, evaluation = Net(), RobustnessEvaluation({"own": ascend})
+    trainer(callbacks=[evaluation], inference_mode=True).validate(
+        module, validation(), verbose=False
+    )
+    assert evaluation.report == evaluate_model(
+        module, validation(), {"own": ascend}, progress=False
+    )
+    assert all(p.grad is None for p in module.parameters())

@@ -59,6 +59,12 @@ def test_max_records(limit):
     assert report.records == min(limit, 6)
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_refuses_max_records_below_one(limit):
+    with pytest.raises(InputError, match=f"`max_records` to be ≥ 1 or None, got {limit}"):
+        evaluate(Threshold(), batches(4), {"up": up}, max_records=limit, progress=False)
+
+
 def test_pgd_finds_what_can_be_found():
     model = Threshold()
     curve = robustness_curve(model, X, Y, PGD(Linf(0.1)), [0.0, 0.1, 0.2, 0.5])
@@ -87,6 +93,38 @@ def test_a_model_that_diverged_is_wrong():
 
     report = evaluate(Broken(), [(X, torch.zeros(6).long())], {"up": up}, progress=False)
     assert (report.clean_accuracy, report.worst_case_accuracy) == (0.0, 0.0)
+
+
+def answering(logits):
+    """A model with these logits for every record."""
+
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.tensor([logits]).expand(len(x), -1)
+
+    return Constant()
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "right"),
+    [
+        ([1.0, -INF, 0.0], 0, 1.0),  # class 1 is masked
+        ([1.0, -INF, 0.0], 1, 0.0),
+        ([-INF, 2.0, -INF], 1, 1.0),
+        ([0.0, INF, 1.0], 1, 1.0),
+        ([NAN, 0.0, 1.0], 0, 0.0),
+        ([0.0, 1.0, NAN], 2, 0.0),
+        ([0.0, 1.0, NAN], 1, 0.0),
+        ([NAN, INF, -INF], 1, 0.0),
+    ],
+)
+def test_masked_classes_are_legal_and_nan_is_never_right(logits, target, right):
+    batch = (X, torch.full((6,), target))
+    report = evaluate(answering(logits), [batch], {"up": up}, progress=False)
+    assert (report.clean_accuracy, report.worst_case_accuracy) == (right, right)
 
 
 def test_counts_of_several_processes_add_up():
