@@ -275,7 +275,13 @@ def _key(ascent: Ascent) -> Hashable:
     )
     shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in _tensors(ascent))
     ball = ascent.ball.with_eps(0.0)  # the radius is a tensor of the region
-    settings = (ball, ascent.targeted, ascent.problem.dtype, ascent.best is None)
+    settings = (
+        ball,
+        ascent.targeted,
+        ascent.nan_fools,
+        ascent.problem.dtype,
+        ascent.best is None,
+    )
     return settings, weakly(ascent.loss), shapes, autocast, kernels, _stream(ascent)
 
 

@@ -120,20 +120,42 @@ def test_the_attack_gains(case):
     x, y = case.batch()
     attack, model = case.attack(), case.model()
     adv = attack(model, x, y, generator=seeded(), **case.asked())
+    gain = gains(case, model, x, adv, y)
+    if "stop" in case.preset:  # who was fooled at the start stays there
+        gain = gain[model(x).argmax(1) == y]
+    moved = gain.abs() > 1e-12
+    assert len(gain) == 0 or moved.any()
+    assert (gain[moved] > 0).double().mean() >= 0.5
+    # More than a random start that is as far away: by the mean of the same records.
+    chance = gains(case, model, x, at_random(case, x), y)
+    if "stop" not in case.preset:
+        assert gain.sum() > chance.sum()
+
+
+def gains(case, model, x, adv, y):
+    """By how much the loss of each record has gone where the attack wants it."""
     with torch.no_grad():
         if case.loss == "kl":
-            assert kl(model(x), model(adv)).mean() > 1e-7
-            return
+            return kl(model(x), model(adv))
         gain = LOSSES[case.loss](model(adv), y) - LOSSES[case.loss](model(x), y)
-        if "stop" in case.preset:  # who was fooled at the start stays there
-            gain = gain[model(x).argmax(1) == y]
-        assert (-gain if attack.targeted else gain).sum() >= 0
-        assert len(gain) == 0 or gain.abs().max() > 1e-5
+    return -gain if case.attack().targeted else gain
+
+
+def at_random(case, x):
+    """A legal input drawn from the ball instead of climbed to."""
+    space, asked = SPACES[case.space], case.asked()
+    raw = space.to_raw(x)
+    region = space.region(raw, asked.get("eps", case.attack().ball.eps), asked.get("mask"))
+    start = case.ball.random_start(raw, seeded(9), eps=region.eps, free=region.free)
+    return space.to_model(raw + case.ball.project_(start, region))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("fail_at", [None, 1, 3])
-@pytest.mark.parametrize("mode", ["grad", "no_grad", "inference", "autocast"])
+@pytest.mark.parametrize(
+    ("mode", "fail_at"),
+    [("grad", None), ("grad", 1), ("no_grad", 3), ("inference", None), ("inference", 3),
+     ("autocast", None), ("autocast", 3)],
+)  # fmt: skip
 def test_no_trace(preset, fail_at, mode):
     """Modes by submodule, gradients, buffers, RNG: as before, also after an exception."""
     losses = ["ce"] if preset in ("clean start", "targeted") else ["ce", "kl"]
@@ -204,7 +226,7 @@ def situations(draw):
     )
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(situations())
 def test_no_situation_leaves_ball_box_or_mask(situation):
     attack, x, eps, mask, seed = situation

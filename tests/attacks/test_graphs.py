@@ -1,6 +1,8 @@
 """Replayed steps: what Python's steps come to, for as long as the model is what was captured."""
 
+import contextlib
 import copy
+import dataclasses
 import gc
 import weakref
 
@@ -164,3 +166,60 @@ def test_no_more_graphs_than_are_worth_it(recorder, monkeypatch):
     made = recorder.made
     graphed(attack, model, X[:8], Y[:8])  # the latest is still there
     assert recorder.made == made
+
+
+def targeted(attack):
+    return dataclasses.replace(attack, targeted=True), contextlib.nullcontext()
+
+
+def under_autocast(attack):
+    return attack, torch.autocast("cpu", torch.bfloat16)
+
+
+def in_half_precision(attack):
+    return dataclasses.replace(attack, precision="bf16"), contextlib.nullcontext()
+
+
+def of_another_loss(attack):
+    return dataclasses.replace(attack, loss="margin"), contextlib.nullcontext()
+
+
+def of_another_norm(attack):
+    return dataclasses.replace(attack, ball=L2(0.1)), contextlib.nullcontext()
+
+
+@pytest.mark.parametrize(
+    "change", [targeted, under_autocast, in_half_precision, of_another_loss, of_another_norm]
+)
+def test_another_attack_on_the_same_batch_has_a_graph_of_its_own(recorder, change):
+    model, attack = net(), PGD(Linf(0.1), steps=3, random_start=False)
+    for _ in range(3):
+        graphed(attack, model)
+    before, (other, around) = plain(attack, model), change(attack)
+    with around:
+        expected = plain(other, model)
+        assert not torch.equal(expected.x_adv, before.x_adv)
+        for _ in range(3):
+            assert_same(graphed(other, model), expected)
+    assert_same(graphed(attack, model), plain(attack, model))
+    assert recorder.made == 2
+
+
+def test_who_counts_as_fooled_is_part_of_a_graph(recorder):
+    """The same autocast, asked for or found: NaN is a verdict only where it is the training's."""
+
+    class Undefined(Net):
+        def forward(self, x):
+            logits = super().forward(x)
+            return torch.where(logits.amax(1, True) < self.least, float("nan"), logits)
+
+    model, logits = net(Undefined), net().eval()(X).detach()
+    y, model.least = logits.argmax(1), float(logits.amax(1).median())
+    attack = PGD(Linf(0.2), steps=4, iterate="best")
+    own = dataclasses.replace(attack, precision="bf16")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, chosen = plain(attack, model, y=y), plain(own, model, y=y)
+        assert not torch.equal(found.x_adv, chosen.x_adv)
+        for _ in range(3):
+            assert_same(graphed(own, model, y=y), chosen)
+            assert_same(graphed(attack, model, y=y), found)

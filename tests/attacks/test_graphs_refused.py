@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from defend import PGD
+from defend import PGD, InputError
 from defend.attacks import graphs
 from defend.threat import Linf
 from tests.attacks.graph_cases import Counts, Net, Recorder, X, Y, assert_same, graphed, net, plain
@@ -108,6 +108,32 @@ def test_an_error_of_the_users_own_is_raised(recorder):
 
     with pytest.raises(ValueError, match="my own mistake"):
         graphed(PGD(Linf(0.1), steps=2), Broken())
+
+
+def test_a_first_call_that_failed_says_nothing_about_the_model(recorder):
+    """A loss that was wrong, a batch that did not fit: the next attack is captured all the same."""
+
+    class Sulks(Net):
+        fail = True
+
+        def forward(self, x):
+            if self.fail:
+                raise torch.OutOfMemoryError("not now")
+            return super().forward(x)
+
+    for model, bad, error in (
+        (net(), PGD(Linf(0.1), loss=nn.functional.cross_entropy), InputError),
+        (net(Sulks), PGD(Linf(0.1), steps=3), torch.OutOfMemoryError),
+    ):
+        made = recorder.made
+        for _ in range(2):
+            with pytest.raises(error):
+                graphed(bad, model, X[:1], Y[:1])
+        model.fail = False
+        attack = PGD(Linf(0.1), steps=3)
+        for _ in range(3):
+            assert_same(graphed(attack, model), plain(attack, model))
+        assert recorder.made == made + 1
 
 
 def test_a_second_thread_does_not_wait_and_does_not_disturb(recorder):

@@ -2,13 +2,14 @@
 
 Same radius, steps and step size; every library draws its own random start. 600 records, so that a
 point is six of them. A single start varies by half a point (standard deviation), the difference of
-two means over nine by a quarter: a point is four of those.
+two means over five by a third: a point is three of those.
 
-The start matters in L2: Foolbox and ART draw it uniformly from the ball, as we do, which in many
-dimensions is near its surface; torchattacks draws a radius of U(0, eps), whose mean is
-`start_radius=eps / 2`, and gets one to two points further in as many steps.
+The start matters in L2: Foolbox and ART draw it uniformly from the ball, which in many dimensions
+is near its surface; torchattacks draws a radius of U(0, eps), and gets one to two points further in
+as many steps. Ours is drawn from the ball of half the radius, with the same gain.
 """
 
+import functools
 import statistics
 
 import numpy as np
@@ -19,12 +20,11 @@ from defend import L2, PGD, Linf
 from defend.threat import L1
 from tests.attacks import peers
 
-STEPS, STARTS = 20, 9
+STEPS, STARTS = 20, 5
 PEERS = {"torchattacks": peers.torchattacks, "foolbox": peers.foolbox, "art": peers.art}
 BALLS = {"linf": Linf, "l2": L2, "l1": L1}
 # (norm, eps, eps of the adversarial training): radii at which a third to two thirds stand.
 CASES = [("linf", 0.1, 0.0), ("linf", 0.15, 0.15), ("l2", 0.6, 0.0), ("l2", 0.8, 0.15)]
-L2_CASES = [case for case in CASES if case[0] == "l2"]
 
 
 def named(case):
@@ -42,6 +42,7 @@ def by_defend(model, x, y, norm, eps, steps, step_size, seed=0, **settings):
     return attack(model, x, y, generator=torch.Generator().manual_seed(seed))
 
 
+@functools.cache
 def ours(case, *, steps=STEPS, **settings):
     """Mean robust accuracy over the starts."""
     norm, eps, trained = case
@@ -92,11 +93,6 @@ def weaker(our, theirs):
     return behind if behind > 1 else 0.0
 
 
-def starting_alike(case, theirs):
-    """The peers that start as we do by default."""
-    return {n: p for n, p in theirs.items() if case[0] == "linf" or n != "torchattacks"}
-
-
 def test_the_models_are_what_they_are_meant_to_be():
     _, (x, y) = peers.digits()
     plain, robust = peers.trained(0.0), peers.trained(0.15)
@@ -108,19 +104,21 @@ def test_the_models_are_what_they_are_meant_to_be():
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)
-def test_as_strong_as_the_peers_that_start_alike(case, theirs):
-    alike = starting_alike(case, theirs[case])
+def test_never_weaker_than_the_best_of_the_peers(case, theirs):
     our = ours(case)
-    assert unlike(our, alike) == {}
-    assert weaker(our, alike) == 0
+    assert weaker(our, theirs[case]) == 0
     assert 25 < our < 75  # a radius at which strength shows
 
 
-@pytest.mark.parametrize("case", L2_CASES, ids=named)
-def test_in_l2_as_strong_as_the_best_from_a_start_further_in(case, theirs):
-    our = ours(case, start_radius=case[1] / 2)
-    assert unlike(our, {"torchattacks": theirs[case]["torchattacks"]}) == {}
-    assert weaker(our, theirs[case]) == 0
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_within_a_point_of_every_peer_that_starts_alike(case, theirs):
+    peers_like = dict(theirs[case])
+    if case[0] == "l2":
+        strongest = {"torchattacks": peers_like.pop("torchattacks")}
+        assert unlike(ours(case), strongest) == {}
+        assert unlike(ours(case, start_radius=case[1]), peers_like) == {}
+    else:
+        assert unlike(ours(case), peers_like) == {}
 
 
 @pytest.mark.parametrize("case", CASES, ids=named)
@@ -131,7 +129,7 @@ def test_one_step_would_be_found_weak(case, theirs):
     assert unlike(weak, theirs[case]).keys() == PEERS.keys()
 
 
-@pytest.mark.parametrize(("eps", "trained"), [(1.0, 0.0), (2.0, 0.0), (2.0, 0.15), (3.0, 0.15)])
+@pytest.mark.parametrize(("eps", "trained"), [(2.0, 0.0), (2.0, 0.15)])
 def test_l1_is_stronger_than_foolbox(eps, trained):
     """Foolbox steps along g / ‖g‖₁ and projects by rescaling; here the best of its step sizes."""
     model, (_, (x, y)) = peers.trained(trained), peers.digits()

@@ -41,7 +41,8 @@ LOSSES = {"ce": F.cross_entropy, "margin": slow_dlr, squares: squares}
 
 def slow(attack, model, x, y, **settings):
     """The reference's x_adv for the settings of an attack, from the start that it draws."""
-    start = attack.ball.random_start(x, seeded(3))
+    ball = attack.ball
+    start = ball.random_start(x, seeded(3), eps=ball.eps * ball.start_share)
     return reference_pgd(
         model, x, y, norm=attack.ball.name, eps=attack.ball.eps, steps=attack.steps,
         step_size=attack.effective_step_size, density=getattr(attack.ball, "density", None),
@@ -223,6 +224,18 @@ def test_one_logit_for_two_classes(settings):
     attack = PGD(Linf(0.1), loss=logistic, **settings)
     adv = attack(model, x, y, generator=seeded())
     assert (logistic(model(adv), y) > logistic(model(x), y)).all()
+
+
+@pytest.mark.parametrize("settings", WAYS, ids=str)
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("columns", [1, 2])
+def test_the_margin_refuses_labels_in_a_column(columns, targeted, settings):
+    """Taken for probabilities, every label would be class 0, and the attack one on that class."""
+    x, y = batch((8, 2, 4, 4))
+    attack = PGD(Linf(0.1), loss="margin", targeted=targeted, **settings)
+    message = rf"indices of shape \(8,\) or .* \(8, 3\), got targets of shape \(8, {columns}\)"
+    with pytest.raises(InputError, match=message):
+        attack(model_for(x.shape), x, y[:, None].expand(8, columns))
 
 
 @pytest.mark.parametrize("settings", WAYS, ids=str)

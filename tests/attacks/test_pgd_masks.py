@@ -18,7 +18,8 @@ SHAPE = (5, 2, 3, 3)
 def slow(attack, model, x, y, *, eps, free=None):
     """The reference at the radii `eps`, one a record, from the start that the attack draws."""
     column = eps.view(-1, 1, 1, 1)
-    start = attack.ball.random_start(x, seeded(3), eps=column, free=free)
+    inner = column * attack.ball.start_share
+    start = attack.ball.random_start(x, seeded(3), eps=inner, free=free)
     return reference_pgd(
         model, x, y, norm=attack.ball.name, steps=attack.steps, eps=eps,
         step_size=eps * (attack.effective_step_size / attack.ball.eps),
@@ -167,6 +168,30 @@ def test_another_radius_is_with_eps(ball, settings):
     assert not torch.allclose(attack(model, x, y, generator=seeded()), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("ball", BALLS, ids=lambda b: b.name)
+@pytest.mark.parametrize("settings", [{}, {"step_size": 0.03, "restarts": 2}], ids=str)
+def test_a_radius_that_wants_a_gradient_gets_none(ball, settings):
+    x, y = batch(SHAPE)
+    for shape in ((), (5,)):
+        eps = torch.full(shape, 0.1, requires_grad=True)
+        adv = PGD(ball, **settings)(model_for(SHAPE), x, y, generator=seeded(), eps=eps)
+        assert not adv.requires_grad
+        assert eps.requires_grad
+        assert eps.grad is None
+
+
+@pytest.mark.parametrize("ball", BALLS, ids=lambda b: b.name)
+def test_a_start_is_drawn_from_the_ball_s_share_of_the_radius(ball):
+    """All of it but in L2, where steps from the surface have only the way around; or as asked."""
+    x, y = torch.full((400, 20), 0.5), torch.zeros(400).long()
+    model = model_for(x.shape)
+    expected = {"linf": 1.0, "l2": 0.5, "l1": 1.0}[ball.name]
+    for settings, radius in (({}, expected * 0.2), ({"start_radius": 0.07}, 0.07)):
+        attack = PGD(ball.with_eps(0.2), steps=1, step_size=1e-7, **settings)
+        longest = ball.norm(attack(model, x, y, generator=seeded()) - x).max()
+        assert 0.9 * radius < longest <= radius * (1 + 1e-4)
+
+
 def test_with_eps_scales_step_and_start():
     attack = PGD(Linf(0.2), step_size=0.05, start_radius=0.1).with_eps(0.1)
     assert attack.ball.eps == 0.1
@@ -232,7 +257,8 @@ def test_one_record_alone(ball, settings):
     attack = PGD(ball, **settings)
     one = attack(model, x[:1], y[:1], generator=seeded(), eps=eps[:1], mask=mask[:1])
     assert one.shape == (1, 2, 4, 4)
-    assert ball.norm(one - x[:1]) > 0.5 * eps[0]
+    if "stop_when_fooled" not in settings:
+        assert ball.norm(one - x[:1]) > 0.5 * eps[0]
     if "loss" not in settings:
         assert cross_entropy(model(one), y[:1]) > cross_entropy(model(x[:1]), y[:1])
     assert ball.norm(one - x[:1]) <= eps[0] * (1 + 1e-9)

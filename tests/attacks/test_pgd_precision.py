@@ -36,7 +36,7 @@ def dtypes_seen(attack, outer, model_dtype=torch.float32):
     model.register_forward_hook(look)
     with autocast(outer):
         adv = PGD(Linf(0.1), loss=loss, **attack)(model, x, y)
-    return {**{k: v.pop() for k, v in seen.items() if len(v) == 1}, "adv": adv.dtype}
+    return {**seen, "adv": {adv.dtype}}
 
 
 @pytest.mark.parametrize("outer", [None, torch.bfloat16, torch.float16], ids=str)
@@ -45,14 +45,62 @@ def dtypes_seen(attack, outer, model_dtype=torch.float32):
 def test_the_forward_runs_in_the_precision_asked_for(precision, outer, stop_when_fooled):
     expected = NAMES[precision] if precision else (outer or torch.float32)
     seen = dtypes_seen({"precision": precision, "stop_when_fooled": stop_when_fooled}, outer)
-    assert seen == {
-        "input": torch.float32, "output": expected, "loss": torch.float32, "adv": torch.float32
-    }  # fmt: skip
+    outputs = {expected, outer or torch.float32} if stop_when_fooled else {expected}
+    assert seen.pop("output") == outputs  # who stops is looked at in the outer precision, too
+    assert seen == {key: {torch.float32} for key in ("input", "loss", "adv")}
 
 
 def test_float64_models_stay_in_float64():
     seen = dtypes_seen({"precision": "bf16"}, None, torch.float64)
-    assert set(seen.values()) == {torch.float64}
+    assert list(seen.values()) == [{torch.float64}] * 4
+
+
+class Single(nn.Module):
+    """A float32 model behind a cast: its losses are float32 whatever the input."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x.float())
+
+
+def rounded(logits, y):
+    return cross_entropy(logits, y).bfloat16()
+
+
+WAYS = [
+    {},
+    {"iterate": "best"},
+    {"stop_when_fooled": True},
+    {"restarts": 2},
+    {"stop_when_fooled": True, "restarts": 2, "iterate": "best"},
+]
+
+
+@pytest.mark.parametrize("settings", WAYS, ids=str)
+@pytest.mark.parametrize("kind", ["float64 inputs", "bf16 losses", "float64 targets"])
+def test_inputs_losses_and_targets_may_be_of_different_dtypes(kind, settings):
+    x, _ = batch((8, 2, 4, 4))
+    model = model_for(x.shape)
+    y = model(x).argmax(1)
+    attack = PGD(Linf(0.05), steps=3, **settings)
+    expected = attack(model, x, y, generator=seeded())
+    if kind == "float64 inputs":
+        generator = torch.Generator().manual_seed(0)
+        adv = attack(Single(model), x.double(), y, generator=generator)
+        assert adv.dtype == torch.float64
+        assert (adv - x).abs().max() <= 0.05 + 1e-12  # the start is another one in float64
+        assert ((adv - x).abs() > 0.9 * 0.05).float().mean() > 0.3
+    elif kind == "bf16 losses":
+        adv = PGD(Linf(0.05), steps=3, loss=rounded, **settings)(model, x, y, generator=seeded())
+        assert adv.dtype == torch.float32
+        # Losses that round alike may prefer another iterate; the gradients are rounded by 2⁻⁸.
+        assert ((adv - expected).abs() < 1e-6).float().mean() > 0.5
+    else:
+        adv = attack(model, x, F.one_hot(y, 3).double(), generator=seeded())
+        assert torch.equal(adv, expected)
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl"])

@@ -1,11 +1,9 @@
 """The batch that does not fit: halved, remembered, and the result is that of the whole batch."""
 
-import gc
 import json
 import subprocess
 import sys
 import warnings
-import weakref
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,9 @@ from torch import nn
 
 from defend import PGD
 from defend.attacks import sizing
-from defend.attacks.sizing import ChunkSize
 from defend.threat import L1, L2, Linf
 
 ROOT = Path(__file__).parents[2]
-CUDA = torch.device("cuda", 0)
 X = torch.rand(24, 8, generator=torch.Generator().manual_seed(3))
 Y = torch.arange(24) % 4
 
@@ -77,8 +73,7 @@ ATTACKS = {
 }
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("fits", [11, 5, 1])
+@pytest.mark.parametrize(("fits", "where"), [(11, "backward"), (5, "forward"), (1, "backward")])
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_halves_end_where_the_whole_batch_does(attack, fits, where):
     whole, no_messages = run(attack, Tight())
@@ -167,88 +162,6 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
     with pytest.raises(RuntimeError, match="something else"):
         run(ATTACKS["plain"], Broken())
-
-
-# --- found from measured bytes -------------------------------------------------------------------
-
-
-@pytest.fixture
-def memory(monkeypatch):
-    """A GPU of 10,000 bytes on which a step takes 1,000, and 100 a row; the first one 700 more."""
-    asked = []
-
-    def peak(run, device):
-        assert device == CUDA
-        run()
-        return 1000 + 100 * asked[-1] + (700 if len(asked) == 1 else 0)
-
-    monkeypatch.setattr(sizing, "peak_bytes", peak)
-    monkeypatch.setattr(sizing, "free_bytes", lambda device: 10_000)
-    return asked
-
-
-@pytest.mark.parametrize(("share", "rows"), [(0.8, 70), (0.4, 30)])
-def test_what_fits_is_measured_once(memory, share, rows):
-    model = Tight()
-    size = ChunkSize(model, "key", CUDA, share)
-    assert size.rows("auto", 512, memory.append) == rows
-    assert max(memory) <= 12
-    measured = len(memory)
-    again = ChunkSize(model, "key", CUDA, share)
-    assert again.rows("auto", 512, memory.append) == rows
-    assert again.rows("auto", 20, memory.append) == 20
-    assert len(memory) == measured
-    ChunkSize(model, "another key", CUDA, share).rows("auto", 512, memory.append)
-    assert len(memory) == 2 * measured
-
-
-def test_what_was_found_bounds_what_is_asked(memory):
-    size = ChunkSize(Tight(), "key", CUDA, 0.8)
-    size.rows("auto", 512, memory.append)
-    assert size.rows(None, 512, memory.append) == 70
-    assert size.rows(100, 512, memory.append) == 70
-    assert size.rows(50, 512, memory.append) == 50
-    size.remember(70, 70)
-    assert size.rows("auto", 512, memory.append) == 70
-    size.remember(70, 35)
-    assert size.rows("auto", 512, memory.append) == 35
-    size.remember(20, 20)  # a small batch that fitted says nothing
-    assert size.rows("auto", 512, memory.append) == 35
-
-
-@pytest.mark.parametrize("asked", [None, 8, 100])
-def test_nothing_is_measured_where_the_user_says_how_many(memory, asked):
-    size = ChunkSize(Tight(), "key", CUDA, 0.8)
-    assert size.rows(asked, 64, memory.append) == (asked or 64)
-    assert memory == []
-
-
-def test_small_batches_and_other_devices_are_not_measured(memory):
-    assert ChunkSize(Tight(), "key", CUDA, 0.8).rows("auto", 11, memory.append) == 11
-    elsewhere = ChunkSize(Tight(), "key", torch.device("cpu"), 0.8)
-    assert elsewhere.rows("auto", 512, memory.append) in (None, 512)
-    assert memory == []
-
-
-def test_a_measurement_that_does_not_fit_starts_small(monkeypatch):
-    def full(run, device):
-        raise torch.OutOfMemoryError("simulated")
-
-    monkeypatch.setattr(sizing, "peak_bytes", full)
-    monkeypatch.setattr(sizing, "free_bytes", lambda device: 10_000)
-    assert ChunkSize(Tight(), "key", CUDA, 0.8).rows("auto", 512, lambda rows: None) == 6
-
-
-def test_no_model_is_kept_alive_and_none_is_needed():
-    model = Tight(7)
-    run(ATTACKS["plain"], model)
-    dead = weakref.ref(model)
-    del model
-    gc.collect()
-    assert dead() is None
-    size = ChunkSize(lambda x: x, "key", torch.device("cpu"), 0.8)
-    size.remember(10, 5)
-    assert size.rows(None, 10, lambda rows: None) == 5
 
 
 # --- the memory of an attack is that of its chunk ------------------------------------------------

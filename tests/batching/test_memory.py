@@ -1,11 +1,18 @@
 """Rows that fit, from two measurements of a simulated memory; halves where they do not."""
 
+import gc
 import weakref
 
 import pytest
 import torch
 
-from defend.batching.memory import free_bytes, peak_bytes, rows_that_fit, run_in_chunks
+from defend.batching.memory import (
+    free_bytes,
+    kept_bytes,
+    peak_bytes,
+    rows_that_fit,
+    run_in_chunks,
+)
 
 
 class Memory:
@@ -143,6 +150,31 @@ def test_other_errors_pass():
 
 
 @pytest.mark.filterwarnings("ignore:.*did not fit")
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried",
+    ],
+)
+def test_a_lack_of_memory_goes_by_other_names_too(message):
+    run = Rows(4)
+
+    def other_names(start, stop):
+        try:
+            run(start, stop)
+        except torch.OutOfMemoryError:
+            raise RuntimeError(message) from None
+
+    assert run_in_chunks(other_names, 10, None) == 3
+    assert run.covers(10)
+    run.fits = 0
+    with pytest.raises(RuntimeError, match=r"ALLOC_FAILED|allocate memory"):
+        run_in_chunks(other_names, 1, None)
+
+
+@pytest.mark.filterwarnings("ignore:.*did not fit")
 def test_nothing_of_what_did_not_fit_is_held_when_it_is_tried_again():
     """A traceback that is still around would keep the tensors that filled the memory."""
     held = []
@@ -156,6 +188,38 @@ def test_nothing_of_what_did_not_fit_is_held_when_it_is_tried_again():
 
     assert run_in_chunks(run, 10, None) == 3
     assert len(held) == 2 + 4
+
+
+def test_kept_is_what_backward_needs_and_each_storage_once():
+    x = torch.rand(100, requires_grad=True)
+    weight = torch.rand(100)
+
+    def run():
+        y = x * weight  # keeps weight: x's factor needs it, weight itself wants no gradient
+        z = y.view(10, 10) * weight.view(10, 10)  # the same storage again
+        (z + 1).tanh().sum()  # keeps its output
+
+    assert kept_bytes(run) == 400 + 400
+    assert kept_bytes(lambda: x.detach() * weight) == 0
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_measuring_what_is_kept_keeps_nothing(layout, backward):
+    """tanh saves its own output, which owns the graph; a sparse tensor has no storage to ask."""
+    made = []
+
+    def run():
+        x = torch.rand(4, 4, requires_grad=True)
+        sparse = layout != torch.strided
+        hidden = (torch.eye(4).to_sparse(layout=layout) @ x if sparse else x).tanh()
+        made.append(weakref.ref(hidden))
+        if backward:
+            torch.autograd.grad(hidden.sum(), x)
+
+    assert kept_bytes(run) >= 64
+    gc.collect()
+    assert made[0]() is None
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,27 @@ def test_zero_and_broken_gradients_give_no_direction(bad):
     torch.testing.assert_close(ascent(weight, gradient, 0.1), expected)
 
 
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e-15, 1e15, 1e30])
+def test_the_size_of_the_gradient_does_not_matter(scale):
+    """Squares of tiny gradients are zero, and those of large ones infinite."""
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = (torch.randn(4, 6, generator=generator) for _ in range(2))
+    expected = 0.1 * weight.norm() * gradient / gradient.norm()
+    step = ascent(weight, gradient * scale, 0.1)
+    tolerance = 1e-4 if scale > 1e-37 else 0.05  # subnormal numbers have few digits
+    torch.testing.assert_close(step, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_weights_behind_a_tiny_layer_move_all_the_same():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 4, bias=False))
+    with torch.no_grad():
+        module[3].weight.mul_(1e-30)
+    steps = weight_perturbation(module, Madry(), *batches(dtype=torch.float32), GAMMA)
+    ratio = steps["1.weight"].norm() / module[1].weight.detach().norm()
+    assert float(ratio) == pytest.approx(GAMMA, rel=1e-4)
+
+
 def test_a_norm_beyond_half_precision():
     weight = torch.ones(4, 4, dtype=torch.float16)
     step = ascent(weight, torch.full((4, 4), 3e4, dtype=torch.float16), 0.1)  # of norm 1.2e5

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from defend.objectives.losses import cross_entropy, in_full_precision, kl, labels_of, margin
+from defend import InputError
+from defend.objectives.losses import (
+    cross_entropy,
+    in_full_precision,
+    kl,
+    labels_of,
+    margin,
+    targeted_margin,
+)
 from tests.reference import objectives as reference
 
 
@@ -68,6 +76,60 @@ def test_margin_of_equal_logits_is_zero_and_finite():
     loss = margin(z, torch.tensor([0, 1, 2]))
     assert not loss.any()
     assert torch.autograd.grad(loss.sum(), z)[0].isfinite().all()
+
+
+def slow_targeted_margin(z, t):
+    """The formula of the paper, from a list of logits."""
+    lead = max(value for i, value in enumerate(z) if i != t) - z[t]
+    ranked = sorted(z, reverse=True)
+    return lead / (ranked[0] - (ranked[2] + ranked[3]) / 2) if len(z) > 3 else lead
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5, 10])
+def test_targeted_margin_is_the_paper_s(classes):
+    z, t = logits(classes=classes), targets(classes=classes)
+    expected = [slow_targeted_margin(row.tolist(), int(i)) for row, i in zip(z, t, strict=True)]
+    torch.testing.assert_close(targeted_margin(z, t), torch.tensor(expected, dtype=z.dtype))
+    assert min(expected) < 0 < max(expected)
+    # The planted wrong answer: divided as the untargeted one is.
+    assert torch.allclose(targeted_margin(z, t), margin(z, t)) == (classes < 4)
+    soft = 0.9 * one_hot(t, classes) + 0.1 / classes
+    torch.testing.assert_close(targeted_margin(z, soft), targeted_margin(z, t))
+
+
+def test_targeted_margin_has_a_gradient_where_the_target_is_third():
+    z = torch.tensor([[3.0, 2.0, 1.0, 0.0, -1.0]], requires_grad=True)
+    third = torch.tensor([2])
+    slopes = [torch.autograd.grad(f(z, third).sum(), z)[0][0, 2] for f in (margin, targeted_margin)]
+    assert float(slopes[0]) == 0  # the constant 1
+    assert float(slopes[1]) < -0.1
+    equal = torch.zeros(2, 6, requires_grad=True)
+    loss = targeted_margin(equal, torch.tensor([0, 5]))
+    assert torch.autograd.grad(loss.sum(), equal)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [margin, targeted_margin])
+@pytest.mark.parametrize("shape", [(12, 1), (12, 4), (11,), (12, 5, 1)], ids=str)
+def test_margins_refuse_targets_of_another_shape(loss, shape):
+    message = r"indices of shape \(12,\) or class probabilities of shape \(12, 5\), got .* shape"
+    with pytest.raises(InputError, match=message):
+        loss(logits(), torch.zeros(shape).long())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_kl_of_classes_that_are_ruled_out(turned):
+    """Logits of −inf: as if the class were not, in value and gradient."""
+    clean, adv = logits(classes=4), logits(classes=4, seed=1)
+    out = torch.full((12, 2), -math.inf, dtype=clean.dtype)
+    parts = (out, clean) if turned else (clean, out)
+    adv.requires_grad_()
+    wide = torch.cat([out, adv] if turned else [adv, out], 1)
+    loss, expected = kl(torch.cat(parts, 1), wide), kl(clean, adv)
+    torch.testing.assert_close(loss, expected)
+    slopes = [torch.autograd.grad(value.sum(), adv)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*slopes)
+    # What only the adversarial input rules out is infinitely far.
+    assert (kl(torch.cat([clean, clean[:, :2]], 1), torch.cat([adv, out], 1)) == math.inf).all()
 
 
 def test_soft_labels():

@@ -30,6 +30,12 @@ def test_lists_are_taken_as_tuples(name):
     assert isinstance(getattr(InputSpace(**settings), name), tuple)
 
 
+def test_one_mean_and_std_are_those_of_one_channel():
+    space = InputSpace(mean=0.5, std=2)
+    assert space == InputSpace(mean=(0.5,), std=(2.0,))
+    torch.testing.assert_close(space.to_model(torch.ones(2, 1, 3)), torch.full((2, 1, 3), 0.25))
+
+
 def test_data_outside_the_box_is_an_error_that_says_so():
     x = torch.tensor([[0.0, 2.5]])
     with pytest.raises(InputError, match=r"inside the box \[0.0, 1.0\], got values from 0 to 2.5"):
@@ -48,6 +54,20 @@ def test_rounding_by_normalization_is_forgiven(dtype):
     corners = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 2, 1, 1)
     x = NORMALIZED.to_model(corners.to(dtype))
     NORMALIZED.check(NORMALIZED.to_raw(x.float()), dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "share"),
+    [(torch.float16, 4e-3), (torch.bfloat16, 3e-2), (torch.float32, 1e-5), (torch.float64, 1e-5)],
+)
+def test_no_more_than_rounding_is_forgiven(dtype, share):
+    """A tenth more is data in other units; one unit in the last place of 1 is far less."""
+    assert torch.finfo(dtype).eps < 10 * share
+    for value in (-0.9 * share, 1 + 0.9 * share):
+        InputSpace().check(torch.tensor([[0.5, value]], dtype=torch.float64), dtype)
+    for value in (-1.1 * share, 1 + 1.1 * share):
+        with pytest.raises(InputError, match="inside the box"):
+            InputSpace().check(torch.tensor([[0.5, value]], dtype=torch.float64), dtype)
 
 
 def test_rounding_is_relative_to_the_numbers_of_the_box():
@@ -198,7 +218,15 @@ def test_refuses_radii_that_are_not_one_a_record(shape):
         ({"mean": (), "std": ()}, "Expected `mean` to be one number for each channel, got none"),
         ({"low": ()}, "Expected `low` to be one number for each channel, got none"),
         ({"mean": (0.5,), "std": (0.0,)}, "every `std` to be > 0"),
+        ({"mean": (0.5,), "std": (math.inf,)}, "every `std` to be > 0 and finite, got"),
+        ({"mean": (0.5,), "std": (math.nan,)}, "every `std` to be > 0 and finite, got"),
+        ({"mean": (math.nan,), "std": (1.0,)}, "every `mean` to be finite, got"),
+        ({"mean": (0.5, -math.inf), "std": (1.0, 1.0)}, "every `mean` to be finite, got"),
         ({"immutable": (0, -1)}, "every `immutable` channel to be ≥ 0, got"),
+        ({"immutable": 1}, r"`immutable` to be indices of channels such as \(0, 3\), got 1"),
+        ({"immutable": [True, False]}, r"indices of channels .*, got \[True, False\]"),
+        ({"immutable": (1.7,)}, r"indices of channels .*, got \(1.7,\)"),
+        ({"immutable": "01"}, "indices of channels .*, got '01'"),
     ],
 )
 def test_refuses_settings_that_make_no_box(settings, message):
