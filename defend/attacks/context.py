@@ -60,7 +60,7 @@ def no_trace(
     parameters = [] if module is None else list(module.parameters())
     modes = [(m, m.training) for m in modules]
     frozen = freeze or any(_is_compiled(m) for m in modules)
-    trainable = [p for p in parameters if p.requires_grad and frozen]
+    trainable = [(p, p.requires_grad) for p in parameters]
     recorders = [r for r in _per_record_recorders(modules) if r.hooks_enabled]
     with ExitStack() as stack:
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in modules):
@@ -75,16 +75,18 @@ def no_trace(
             for module in modules:
                 # Not `.eval()`: it recurses, and users override `.train()`.
                 module.training = False
-            for parameter in trainable:
-                parameter.requires_grad_(False)
+            for parameter, required in trainable:
+                if required and frozen:
+                    parameter.requires_grad_(False)
             for recorder in recorders:
                 recorder.disable_hooks()
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+            for parameter, required in trainable:
+                if parameter.requires_grad != required:
+                    parameter.requires_grad_(required)
             for recorder in recorders:
                 recorder.enable_hooks()
 

@@ -15,7 +15,7 @@ or, where the run is not private,
 A fourth one is for metrics: what `self.log` hands to the training loop's results.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -149,3 +149,12 @@ class Seams:
         results = self.trainer._results
         if results is not None:
             results.batch, results.batch_size = chunk, None
+
+
+def with_penalty(output: Any, penalty: torch.Tensor) -> Any:
+    """What a training step returned, the penalty added to its loss."""
+    if not isinstance(output, Mapping):
+        return output + penalty
+    if output.get("loss") is None:
+        return output  # Lightning says what is missing
+    return {**output, "loss": output["loss"] + penalty}

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,9 @@ from defend.attacks.free import Free
 from defend.batching.replay import Replayed
 from defend.callbacks import _alarm
 from defend.callbacks._base import BuildableAttack, DefendCallback, brief, describe_attack
+from defend.callbacks._progress import epochs_trained, refuse_warmup_without_an_end
 from defend.callbacks._refusals import refuse_beside_manual_optimization, refuse_beside_privacy
-from defend.callbacks._seams import Seams
+from defend.callbacks._seams import Seams, with_penalty
 from defend.callbacks.privacy import DifferentialPrivacy
 from defend.errors import InputError
 from defend.evaluation.overfitting import OverfittingAlarm
@@ -47,13 +48,17 @@ class AdversarialTraining(DefendCallback):
 
     Args:
         attack: what to train against: `PGD(Linf(8 / 255), steps=10)`; cheap ones are `fgsm_rs`,
-            `n_fgsm` and `Free`; `TorchAttack` takes one from torchattacks.
+            `n_fgsm` and `Free`; `TorchAttack` takes one from torchattacks. With `Free`,
+            `limit_train_batches` and the like count replays, and batch hooks must not write to
+            the batch.
         objective: `Madry()`, `TRADES(beta)`, `MART(beta)`, or `AWP(...)` of these. It says what the
             attack increases, unless the attack has another loss than "ce". With TRADES the
             training step sees the clean batch, with the others the adversarial one; its loss must
-            be the mean over the rows.
+            be the mean over the rows. With AWP, hooks between the step and the end of its backward
+            (`on_before_zero_grad`, `on_before_backward`) find the weights moved.
         clean_fraction: part of the records of each batch that stay clean, in [0, 1).
-        warmup_epochs: eps grows linearly from 0 over so many epochs (Gowal et al. 2020).
+        warmup_epochs: eps grows linearly from 0 over so many epochs (Gowal et al. 2020), step by
+            step; epoch by epoch, from eps / warmup_epochs on, where the loader has no length.
         alarm: looks out for catastrophic overfitting, to which one-step attacks are prone: a few
             records are attacked with PGD now and then (`OverfittingAlarm`, which can go on with
             PGD). "auto": where the attack is a PGD of one step and the run is not private. None:
@@ -65,7 +70,8 @@ class AdversarialTraining(DefendCallback):
             `DifferentialPrivacy`. Does not change the result.
 
     Raises:
-        InputError: for settings that do not go together; at the first step, if the batch has no
+        InputError: for settings that do not go together; at the start of `fit`, for a warm-up of
+            one epoch or less that has no end in sight; at the first step, if the batch has no
             such fields or its inputs lie outside the attack's `InputSpace`.
         PrivacyError: at the start of `fit`, for what would break the guarantee of
             `DifferentialPrivacy` beside it.
@@ -73,7 +79,7 @@ class AdversarialTraining(DefendCallback):
 
     def __init__(
         self,
-        attack: BuildableAttack | Free,
+        attack: Free | BuildableAttack,  # in this order, LightningCLI reads what it wrote
         *,
         objective: Objective = Madry(),
         clean_fraction: float = 0.0,
@@ -93,12 +99,17 @@ class AdversarialTraining(DefendCallback):
             target_key=target_key,
             chunk_size=chunk_size,
         )
-        self._steps = AdversarialSteps(self._settings)
         self._alarm = alarm
-        self._watch = _alarm.chosen_watch(alarm, self._steps.attack)
+        self._stage: str | None = None
+        self._start_anew()
+        self._forget_last_fit()
+
+    def _start_anew(self) -> None:
+        """As new: nothing of a training before, of another model perhaps, goes into the next."""
+        self._steps = AdversarialSteps(self._settings)
+        self._watch = _alarm.chosen_watch(self._alarm, self._steps.attack)
         self._warned = self._switched = False
         self._seed: int | None = None
-        self._forget_last_fit()
 
     def _forget_last_fit(self) -> None:
         self._trainer: pl.Trainer | None = None
@@ -116,9 +127,12 @@ class AdversarialTraining(DefendCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._stage = stage
         if stage != "fit":
             return
         self.collect(in_copy=True)
+        if trainer.global_step == 0:  # a checkpoint comes after this
+            self._start_anew()
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         if any(isinstance(c, DifferentialPrivacy) for c in callbacks):
             refuse_beside_privacy(self._settings, self._alarm)
@@ -137,9 +151,15 @@ class AdversarialTraining(DefendCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        refuse_warmup_without_an_end(trainer, self._settings.warmup_epochs)
         self._epoch_start = time.perf_counter()  # of an epoch that is taken up in its middle
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._stage = None
+
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stage = None
         self._steps.restore_weights()
         self._forget_last_fit()
 
@@ -186,7 +206,7 @@ class AdversarialTraining(DefendCallback):
         except BaseException:
             steps.restore_weights()
             raise
-        return output if penalty is None else _with_penalty(output, penalty)
+        return output if penalty is None else with_penalty(output, penalty)
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -220,16 +240,18 @@ class AdversarialTraining(DefendCallback):
                     if private is None
                     else private.attack_generator(device)
                 ),
-                epochs=_epochs(trainer),
+                epochs=epochs_trained(trainer),
                 chunk_size="auto" if private is None else private.step_chunk_size,
                 private=private is not None,
             )
 
-    def _generator(self, trainer: pl.Trainer, device: torch.device) -> torch.Generator:
-        """A generator for this batch, on this rank: equal on resume, different everywhere else."""
+    def _generator(
+        self, trainer: pl.Trainer, device: torch.device, *purpose: int
+    ) -> torch.Generator:
+        """For this batch, rank and purpose: equal on resume, different everywhere else."""
         assert self._seed is not None
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        key = hash((self._seed, trainer.global_rank, batches)) % 2**62
+        key = hash((self._seed, trainer.global_rank, batches, *purpose)) % 2**62
         return torch.Generator(device=device).manual_seed(key)
 
     # --- what is logged ---------------------------------------------------------------------------
@@ -243,10 +265,12 @@ class AdversarialTraining(DefendCallback):
         self._epoch_start, self._stopwatch = time.perf_counter(), None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        figures = self._steps.rates()
-        if self._stopwatch is not None:
-            attacked = self._stopwatch.read()
-            figures["attack/seconds_share"] = attacked / (time.perf_counter() - self._epoch_start)
+        # Summed over ranks: one that counted nothing must still log what the others log.
+        mine = torch.tensor(self._steps.take_counts(), device=pl_module.device)
+        total, zero, nonfinite = trainer.strategy.reduce(mine, reduce_op="sum").tolist()
+        figures = self._steps.rates((total, zero, nonfinite))
+        attacked = 0.0 if self._stopwatch is None else self._stopwatch.read()
+        figures["attack/seconds_share"] = attacked / (time.perf_counter() - self._epoch_start)
         if self._settings.warmup_epochs:
             figures["attack/eps_share"] = self._steps.eps_share(trainer.current_epoch + 1)
         for name, value in figures.items():
@@ -263,22 +287,22 @@ class AdversarialTraining(DefendCallback):
             return
         x, y = self._steps.inputs_of(batch)
         with self._stopwatch_on(x.device):
-            generator = self._generator(trainer, x.device)
+            generator = self._generator(trainer, x.device, 1)  # not the numbers of the attack
             alarm = _alarm.look(watch, trainer, pl_module, x, y, generator)
         if not alarm:
             return
         if not self._warned:
             _alarm.warn(watch)
             self._warned = True
-        if watch.alarm.switch:
-            self._switch()
+        self._switch(True)
 
-    def _switch(self) -> None:
-        """Go on with the alarm's attack."""
-        if self._watch is None or not self._watch.alarm.switch or self._switched:
+    def _switch(self, to_alarm: bool) -> None:
+        """Go on with the alarm's attack, where that is asked for, or with the training's."""
+        watch = self._watch
+        if watch is None or not watch.alarm.switch or self._switched == to_alarm:
             return
-        self._steps.switch(self._watch.attack)
-        self._switched = True
+        self._steps.switch(watch.attack if to_alarm else self._settings.training_attack())
+        self._switched = to_alarm
 
     def settings(self) -> dict[str, Any]:
         settings = self._settings
@@ -303,6 +327,8 @@ class AdversarialTraining(DefendCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._stage not in (None, "fit"):
+            return  # validation of a checkpoint is no training
         self.receive(state_dict)
         self._steps.load_state_dict(state_dict)
         alarm = state_dict.get("alarm")  # older checkpoints have no more than a seed
@@ -315,22 +341,4 @@ class AdversarialTraining(DefendCallback):
     def receive(self, carried: dict[str, Any]) -> None:
         if carried["seed"] is not None:
             self._seed = carried["seed"]
-        if carried.get("switched"):
-            self._switch()
-
-
-def _with_penalty(output: Any, penalty: torch.Tensor) -> Any:
-    """What the training step returned, the penalty added to its loss."""
-    if not isinstance(output, Mapping):
-        return output + penalty
-    if output.get("loss") is None:
-        return output  # Lightning says what is missing
-    return {**output, "loss": output["loss"] + penalty}
-
-
-def _epochs(trainer: pl.Trainer) -> float:
-    """Epochs trained so far, the step that begins included."""
-    batches = trainer.num_training_batches
-    done = trainer.fit_loop.epoch_loop.batch_idx + 1
-    whole = trainer.current_epoch
-    return whole + (done / batches if math.isfinite(batches) and batches else 1.0)
+        self._switch(bool(carried.get("switched")))

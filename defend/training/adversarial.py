@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from defend.attacks.attack import Attack
 from defend.attacks.context import logits_of
-from defend.attacks.free import Free, FreePerturbation
+from defend.attacks.free import Free
 from defend.attacks.pgd import PGD
 from defend.batching.fields import get_field, with_field
 from defend.errors import InputError
 from defend.objectives import AWP
 from defend.objectives.awp import PerturbedWeights, weight_perturbation
 from defend.training.adversarial_settings import AdversarialSettings, radius_of
+from defend.training.foreign import run_foreign
 
 __all__ = ["AdversarialSettings", "AdversarialSteps", "AttackedBatch"]
 
@@ -63,12 +65,9 @@ class AdversarialSteps:
 
     def __init__(self, settings: AdversarialSettings) -> None:
         self.settings = settings
-        self.attack = settings.training_attack()
-        self._free: FreePerturbation | None = None
-        if isinstance(self.attack, Free):
-            self._free = self.attack.begin()
+        self.switch(settings.training_attack())
         self._weights: PerturbedWeights | None = None
-        self._own: list[Tensor] = []
+        self._own: list[tuple[Tensor, int]] = []
         self.gradients = 0
         self._zero: Tensor | int = 0
         self._nonfinite: Tensor | int = 0
@@ -167,14 +166,8 @@ class AdversarialSteps:
             self._count(result.gradients, result.zero_gradients, result.nonfinite_gradients)
             return result.x_adv
         attack = attack if eps is None else attack.with_eps(eps)
-        size = None if chunk_size == "auto" else chunk_size
-        x_adv = attack(module, x, y, generator=generator, chunk_size=size)
-        if x_adv.shape != x.shape or x_adv.dtype != x.dtype:
-            raise InputError(
-                f"Expected the attack to return inputs of shape {tuple(x.shape)} and {x.dtype}, "
-                f"got {tuple(x_adv.shape)} and {x_adv.dtype}. Return x_adv in the form of x."
-            )
-        return x_adv.detach()
+        size = chunk_size if isinstance(chunk_size, int) else None
+        return run_foreign(attack, module, x, y, generator=generator, chunk_size=size)
 
     # --- around the training step -----------------------------------------------------------------
 
@@ -214,17 +207,18 @@ class AdversarialSteps:
         """Keep the logits of the first call of the module with the batch's inputs as they are."""
         seen = get_field(made.batch, self.settings.input_key)
         # A list of this step's: a compiled module may go on calling the hook of an earlier one.
-        own: list[Tensor] = []
+        own: list[tuple[Tensor, int]] = []
         self._own = own
 
-        def keep(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if own or len(args) != 1 or args[0] is not seen:
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = [*args, *kwargs.values()]
+            if own or len(given) != 1 or given[0] is not seen:
                 return
             logits = logits_of(output)
             if logits.requires_grad:
-                own.append(logits)
+                own.append((logits, logits._version))
 
-        hook = module.register_forward_hook(keep)
+        hook = module.register_forward_hook(keep, with_kwargs=True)
         try:
             yield
         finally:
@@ -234,7 +228,8 @@ class AdversarialSteps:
         """What the objective adds to the training step's mean loss; None where it adds nothing.
 
         The logits of the batch that the training step saw are those of its own forward where it
-        called the module with the batch's inputs as they are; else the module runs once more.
+        called the module with the batch's inputs as they are, and nothing else, and did not write
+        to what came out; else the module runs once more.
 
         Args:
             module: not wrapped: DistributedDataParallel's forward would exchange buffers once more,
@@ -247,7 +242,10 @@ class AdversarialSteps:
         if not objective.pairs:
             return None
         sees_clean = objective.trains_on == "clean"
-        first = own[0] if own else logits_of(module(made.x if sees_clean else made.x_adv))
+        if own and own[0][0]._version == own[0][1]:
+            first = own[0][0]
+        else:
+            first = logits_of(module(made.x if sees_clean else made.x_adv))
         other = logits_of(module(made.x_adv if sees_clean else made.x))
         clean, adv = (first, other) if sees_clean else (other, first)
         return objective.penalty(clean, adv, made.y).mean()
@@ -268,22 +266,35 @@ class AdversarialSteps:
 
     # --- what came of it --------------------------------------------------------------------------
 
-    def switch(self, attack: PGD) -> None:
+    def switch(self, attack: Attack | Free) -> None:
         """Go on with another attack."""
-        self.attack, self._free = attack, None
+        self.attack = attack
+        self._free = attack.begin() if isinstance(attack, Free) else None
 
     def _count(self, gradients: int, zero: Tensor | int, nonfinite: Tensor | int) -> None:
         self.gradients += gradients
         # Added up where they are: reading them would make the host wait.
         self._zero, self._nonfinite = self._zero + zero, self._nonfinite + nonfinite
 
-    def rates(self) -> dict[str, float]:
+    def take_counts(self) -> tuple[int, int, int]:
+        """Input gradients since the last call: all, those that were zero, those not finite.
+
+        Waits for the device.
+        """
+        counts = self.gradients, int(self._zero), int(self._nonfinite)
+        self.gradients, self._zero, self._nonfinite = 0, 0, 0
+        return counts
+
+    def rates(self, counts: tuple[int, int, int] | None = None) -> dict[str, float]:
         """Shares of useless input gradients since the last call, under the names they log by.
 
-        Empty where none were counted, as by attacks other than PGD. Waits for the device.
+        Args:
+            counts: of `take_counts`, summed over processes; None takes those of this one.
+
+        Returns:
+            Nothing where none were counted, as by attacks other than PGD.
         """
-        total, zero, nonfinite = self.gradients, int(self._zero), int(self._nonfinite)
-        self.gradients, self._zero, self._nonfinite = 0, 0, 0
+        total, zero, nonfinite = self.take_counts() if counts is None else counts
         if total == 0:
             return {}
         if nonfinite:

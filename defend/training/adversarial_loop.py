@@ -65,6 +65,7 @@ class AdversarialLoop:
         """
         batch = self._host.to_device(batch)
         attack = self._steps.attack
+        self._attacked += 1  # once, however often Free replays it
         for _ in range(attack.replays if isinstance(attack, Free) else 1):
             self._optimizer.zero_grad()
             loss = self._backward(batch, 1.0)
@@ -92,7 +93,9 @@ class AdversarialLoop:
         Returns:
             The whole loss, detached and not multiplied.
         """
-        return self._backward(self._host.to_device(batch), weight)
+        batch = self._host.to_device(batch)
+        self._attacked += 1
+        return self._backward(batch, weight)
 
     def _backward(self, batch: Any, weight: float) -> Tensor:
         host, steps = self._host, self._steps
@@ -134,7 +137,9 @@ class AdversarialLoop:
                 f"Expected objective=Madry() and an attack such as PGD for `attacked`, got {name}, "
                 "which takes part in the training step too. Call `step` or `backward`."
             )
-        return self._made(self._host.to_device(batch), generator, private=True).batch
+        batch = self._host.to_device(batch)
+        self._attacked += 1
+        return self._made(batch, generator, private=True).batch
 
     def _made(
         self, batch: Any, generator: torch.Generator | None, *, private: bool = False
@@ -145,9 +150,8 @@ class AdversarialLoop:
             batch, x = with_field(batch, self._settings.input_key, taken), taken
         if generator is None:
             generator = self._randomness.generator(
-                "attack", self._attacked, x.device, rank=host.processes.rank
+                "attack", self._attacked - 1, x.device, rank=host.processes.rank
             )
-        self._attacked += 1
         with host.autocast():
             return self._steps.attacked(
                 host.bare, batch, generator=generator, epochs=self._attacked, private=private
@@ -199,6 +203,15 @@ def make_adversarial(
     The model, its optimizer, its loader and its schedulers stay your own. To accumulate gradients
     call `loop.backward` and step yourself; to combine with `make_private` see `loop.attacked`.
 
+    One-step attacks are prone to catastrophic overfitting, which the training loss does not show.
+    An alarm sees it:
+
+        watch = OverfittingAlarm().watch(attack)
+        for step, (x, y) in enumerate(loader):
+            if watch.is_due(step) and watch.look(model, x, y).alarm:
+                break  # or go on against watch.attack, with a loop made for it
+            loop.step((x, y))
+
     Forwards of a step run in this order: the attack's, in eval mode and without a trace; AWP's,
     whose changes to buffers are undone; that of `loss`, on the clean batch with TRADES and on the
     adversarial one else; for TRADES and MART that of the other batch. If `loss` calls the model
@@ -222,7 +235,8 @@ def make_adversarial(
         objective: `Madry()`, `TRADES(beta)`, `MART(beta)`, or `AWP(...)` of these. It says what the
             attack increases, unless the attack has another loss than "ce".
         clean_fraction: part of the records of each batch that stay clean, in [0, 1).
-        warmup_steps: eps grows linearly up to its full size at the batch of this number.
+        warmup_steps: eps grows linearly up to its full size at the batch of this number; all
+            replays of `Free` are one batch.
         input_key: where the inputs are in a batch: a position in a list or tuple, a name in a
             dict, either in a namedtuple or dataclass.
         target_key: likewise for the targets.

@@ -1,6 +1,7 @@
 """What a user asks of adversarial training, checked once, for every kind of training loop."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -64,6 +65,13 @@ class AdversarialSettings:
             raise InputError(
                 f"Expected `attack` to be an attack such as PGD(Linf(8 / 255)), got {attack!r}."
             )
+        if isinstance(attack, type) or not _takes_generator(attack):
+            name = getattr(attack, "__qualname__", repr(attack))
+            raise InputError(
+                "Expected `attack` to be called as attack(model, x, y, generator=..., "
+                f"chunk_size=...), got {name}, which is not. If it makes attacks, call it: "
+                "fgsm_rs(8 / 255). If it is your own, let it take those."
+            )
         if isinstance(attack, PGD) and attack.targeted:
             raise InputError(
                 "Expected an untargeted attack to train on, got targeted=True: the batch's targets "
@@ -95,6 +103,17 @@ class AdversarialSettings:
             start = objective.start_radius * _narrowest(attack.inputs)
             start = min(start, attack.ball.eps) or None
         return dataclasses.replace(attack, loss=objective.inner_loss, start_radius=start)
+
+
+def _takes_generator(attack: Any) -> bool:
+    """Whether it can be called with `generator`; True where it does not tell."""
+    if isinstance(attack, Free):  # which is never called
+        return True
+    try:
+        parameters = inspect.signature(attack).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    return any(p.name == "generator" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def radius_of(attack: Any) -> float | None:

@@ -1,11 +1,13 @@
 import copy
+import dataclasses
 import pickle
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from defend import InputError
+from defend import AdversarialTraining, InputError, Linf
+from defend.attacks.free import Free
 from defend.batching.replay import Replayed
 from tests.helpers import Net, data, trainer
 
@@ -130,3 +132,61 @@ def test_workers_are_stopped_in_the_end(persistent):
     module, _ = fit(loader)
     assert len(module.batches) == 12
     assert loader._iterator is None
+
+
+class Scaling(Seen):
+    """Scales its inputs in a batch hook, in place or in the container that it was given."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        if self.how == "container":
+            batch[0] = batch[0] * 0.5
+        return batch
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        x, y = batch
+        return [x.mul_(0.5) if self.how == "tensor" else x * 0.5, y]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("how", ["tensor", "container"])
+@pytest.mark.parametrize("replays", [2, 3])
+def test_a_hook_that_writes_to_the_batch_is_refused_before_it_does_harm(how, replays, stream):
+    """Also where batches are fetched ahead, as of a stream."""
+    module = Scaling(how)
+    callback = AdversarialTraining(Free(Linf(0.01), replays=replays))
+    records = Stream() if stream else data(12)
+    with pytest.raises(InputError, match="a batch that is replayed to stay as it is"):
+        trainer(callbacks=[callback]).fit(module, DataLoader(records, batch_size=4))
+    assert len(module.batches) == 1
+
+
+def test_hooks_that_make_new_tensors_are_fine_and_so_is_a_single_replay():
+    for how, replays in (("new", 3), ("tensor", 1)):
+        module = Scaling(how)
+        callback = AdversarialTraining(Free(Linf(0.0), replays=replays))
+        trainer(callbacks=[callback]).fit(module, DataLoader(data(12), batch_size=4))
+        expected = [x * 0.5 for x in data(12).tensors[0].split(4) for _ in range(replays)]
+        assert all(torch.equal(a, b) for a, b in zip(module.batches, expected, strict=True))
+
+
+@dataclasses.dataclass
+class Record:
+    x: torch.Tensor
+    more: dict
+
+
+def test_it_looks_for_tensors_wherever_they_are():
+    for place in ("x", "deep"):
+        x, deep = torch.zeros(2), torch.zeros(2)
+        replays = iter(Replayed([(1, Record(x, {"deep": [deep]}))], 2))
+        next(replays)
+        (x if place == "x" else deep).add_(1)
+        with pytest.raises(InputError, match="to stay as it is"):
+            next(replays)
+    with torch.inference_mode():
+        x = torch.zeros(2)
+    assert len(list(Replayed([x], 3))) == 3  # nobody counts writes to these

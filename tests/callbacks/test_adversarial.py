@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, default_collate
 
 from defend import PGD, AdversarialTraining, InputError, InputSpace, Linf
+from tests.callbacks.by_hand import Rich
 from tests.helpers import ConvNet, Net, data, flat, loader, trainer
 
 ATTACK = PGD(Linf(0.1), steps=3, random_start=False)
@@ -103,6 +104,31 @@ def test_gradient_accumulation_is_not_polluted():
         return flat(module)
 
     torch.testing.assert_close(fit(4, 4), fit(16, 1), rtol=0, atol=1e-6)
+
+
+def test_a_careless_attack_of_ones_own_pollutes_nothing():
+    """It leaves eval mode on and fills the gradients of a step that is being accumulated."""
+
+    def careful(model, x, y, *, generator=None, chunk_size=None):
+        adv = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(adv), y), adv)
+        return (x + 0.1 * grad.sign()).clamp(0, 1)
+
+    def careless(model, x, y, *, generator=None, chunk_size=None):
+        model.eval()
+        adv = x.clone().requires_grad_()
+        F.cross_entropy(model(adv), y).backward()
+        return (x + 0.1 * adv.grad.sign()).clamp(0, 1).detach()
+
+    weights = []
+    for attack in (careful, careless):
+        pl.seed_everything(0)
+        module = Rich()
+        callback = AdversarialTraining(attack)
+        trainer(callbacks=[callback], accumulate_grad_batches=2).fit(module, loader(64, 16))
+        assert module.net.training
+        weights.append(torch.cat([v.flatten().float() for v in module.state_dict().values()]))
+    assert torch.equal(*weights)
 
 
 class Manual(Net):

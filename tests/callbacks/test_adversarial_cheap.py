@@ -139,6 +139,14 @@ def test_without_an_end_of_the_epoch_in_sight_it_grows_by_epochs():
         Net(), stream
     )
     assert attack.seen == pytest.approx([0.05] * 4 + [0.1] * 4)
+    # Over one epoch it would not grow at all.
+    with pytest.raises(InputError, match=r"with a length for warmup_epochs=1, got one without"):
+        trainer(callbacks=[AdversarialTraining(attack, warmup_epochs=1)]).fit(Net(), stream)
+    attack.seen.clear()
+    trainer(callbacks=[AdversarialTraining(attack, warmup_epochs=1)], limit_train_batches=2).fit(
+        Net(), stream
+    )
+    assert attack.seen == pytest.approx([0.1, 0.2])
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -206,6 +214,20 @@ def test_free_goes_on_from_a_checkpoint(tmp_path):
     assert torch.equal(flat(resumed), flat(straight))
     first = resumed.moved[0].abs().amax(1)
     assert (first > 0).all()  # δ was kept
+
+
+def test_free_begins_anew_with_each_fit():
+    """δ of one model's training is no start for another's."""
+    pl.seed_everything(11)
+    weights = []
+    callback = AdversarialTraining(Free(Linf(EPS), replays=2))
+    for _ in range(2):
+        torch.manual_seed(0)
+        module = Seeing()
+        trainer(callbacks=[callback]).fit(module, batches(4))
+        assert module.moved[0].abs().max() == 0
+        weights.append(flat(module))
+    assert torch.equal(*weights)
 
 
 def test_free_needs_a_step_that_uses_its_inputs():

@@ -112,22 +112,22 @@ class Data(pl.LightningDataModule):
 
 
 @pytest.mark.parametrize("name", YAML)
-def test_lightning_cli_builds_it_from_yaml(tmp_path, name):
+def test_lightning_cli_builds_it_from_yaml_and_from_what_it_saved(tmp_path, name):
     pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse, an extra")
     from lightning.pytorch.cli import LightningCLI
 
     settings, expected = YAML[name]
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.format(folder=tmp_path, settings=settings))
-    args = ["fit", "--config", str(config)]
-    cli = LightningCLI(Net, Data, args=args, save_config_callback=None)
-    callback = cli.trainer.callbacks[0]
-    assert type(callback) is AdversarialTraining
-    alarm = expected.pop("alarm", "auto")
-    for setting, value in {"objective": Madry(), **expected}.items():
-        assert getattr(callback._settings, setting) == value
-    assert callback._alarm == alarm
-    assert cli.trainer.global_step > 0
+    saved = tmp_path / "saved.yaml"
+    keep = {"save_config_kwargs": {"config_filename": saved.name}}
+    for file, save in ((config, keep), (saved, {"save_config_callback": None})):
+        cli = LightningCLI(Net, Data, args=["fit", "--config", str(file)], **save)
+        callback = next(c for c in cli.trainer.callbacks if isinstance(c, AdversarialTraining))
+        for setting, value in {"objective": Madry(), "alarm": "auto", **expected}.items():
+            given = callback._alarm if setting == "alarm" else getattr(callback._settings, setting)
+            assert given == value
+        assert cli.trainer.global_step > 0
 
 
 EVALUATION = CONFIG.replace("AdversarialTraining", "RobustnessEvaluation")

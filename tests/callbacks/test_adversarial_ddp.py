@@ -13,6 +13,7 @@ from defend.attacks.free import Free
 from defend.attacks.presets import fgsm_rs
 from defend.evaluation.overfitting import OverfittingAlarm, OverfittingWatch
 from defend.objectives import AWP, MART, TRADES, Madry
+from defend.training.adversarial import AdversarialSteps
 from tests.callbacks.by_hand import ATTACK, Rich, fit, plain_layers, train
 from tests.training.adversarial_cases import GAMMA, state_of
 
@@ -87,12 +88,30 @@ def test_free_in_two_processes(tmp_path):
     torch.testing.assert_close(first["weights"], state_of(one), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("theirs", [(0, 0, 0), (24, 1, 3)], ids=["none", "more"])
+def test_rates_are_of_all_ranks_together(tmp_path, monkeypatch, theirs):
+    """A rank may have had no records, as under Poisson sampling: others wait for what it logs."""
+
+    def counts(self):
+        return theirs if torch.distributed.get_rank() else (8, 2, 1)
+
+    monkeypatch.setattr(AdversarialSteps, "take_counts", counts)
+    first, second = two(tmp_path, Madry(), max_epochs=1)
+    for metrics in (first["metrics"], second["metrics"]):
+        total = 8 + theirs[0]
+        assert metrics["attack/zero_grad_rate"] == pytest.approx((2 + theirs[1]) / total)
+        assert metrics["attack/nonfinite_grad_rate"] == pytest.approx((1 + theirs[2]) / total)
+
+
 class OnOneRank(OverfittingWatch):
     """Goes off at step 2, on rank 1 only."""
 
+    looks = 0
+
     def look(self, model, x, y, generator=None):
         reading = super().look(model, x, y, generator)
-        alarm = torch.distributed.get_rank() == 1 and len(self.history) == 3
+        self.looks += 1
+        alarm = torch.distributed.get_rank() == 1 and self.looks == 3
         return dataclasses.replace(reading, alarm=alarm)
 
 

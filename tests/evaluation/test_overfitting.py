@@ -9,7 +9,7 @@ from torch import nn
 
 from defend import L2, PGD, InputError, InputSpace, Linf
 from defend.attacks.presets import fgsm_rs, n_fgsm
-from defend.evaluation.overfitting import OverfittingAlarm, Reading, collapsed, wilson
+from defend.evaluation.overfitting import OverfittingAlarm, Reading, RobustnessTrend, wilson
 
 FGSM = PGD(Linf(0.2), steps=1, step_size=0.2, random_start=False)
 
@@ -26,7 +26,38 @@ def readings(pgd, loss, *, records=64, chance=0.1):
 
 
 def alarms(history, drop=0.5):
-    return [collapsed(history[: i + 1], drop) for i in range(len(history))]
+    trend = RobustnessTrend(drop)
+    return [trend.add(reading) for reading in history]
+
+
+def collapsed(history, drop):
+    return alarms(history, drop)[-1]
+
+
+def alarms_slowly(history, drop):
+    """The rule from its docstring, over all readings anew at each."""
+
+    def pooled(end):
+        for start in reversed(range(end)):
+            some = history[start:end]
+            n = sum(r.records for r in some)
+            if n >= 128:
+                share = sum(r.records * r.pgd_accuracy for r in some) / n
+                loss = sum(r.records * r.single_step_loss for r in some) / n
+                return (*wilson(share, n, 3.0), loss)
+        return None
+
+    found = []
+    for end in range(1, len(history) + 1):
+        looks = [look for i in range(1, end + 1) if (look := pooled(i))]
+        if not looks:
+            found.append(False)
+            continue
+        best = max(looks, key=lambda look: look[0])
+        lost = looks[-1][1] < drop * best[0]
+        learned = best[0] > history[end - 1].chance
+        found.append(lost and learned and looks[-1][2] < best[2])
+    return found
 
 
 # --- the rule -------------------------------------------------------------------------------------
@@ -69,6 +100,37 @@ def test_looks_at_few_records_are_taken_together():
     assert few.index(True) in range(28, 32)
     assert not any(alarms(readings(accuracy[:24], loss[:24], records=5)))
     assert alarms(readings([0.5, 0.0], [1.5, 0.5], records=128)) == [False, True]
+
+
+def random_history(seed, looks=60):
+    draw = seeded(seed)
+    level, history = 0.5, []
+    for _ in range(looks):
+        u = torch.rand(5, generator=draw).tolist()
+        level = u[0] if u[1] < 0.1 else level
+        loss = math.nan if u[4] < 0.02 else u[3]
+        history.append(Reading(level, 0.9, loss, False, int(1 + 80 * u[2]), 0.1 + 0.3 * u[4]))
+    return history
+
+
+def test_reading_by_reading_it_is_the_rule_over_all_of_them():
+    seen = []
+    for seed in range(20):
+        history = random_history(seed)
+        expected = alarms_slowly(history, 0.6)
+        assert alarms(history, 0.6) == expected
+        seen += expected
+    assert 0.02 < sum(seen) / len(seen) < 0.5  # both answers occur
+
+
+def test_a_look_costs_and_keeps_as_much_after_a_thousand():
+    for records in (1, 64):
+        trend, sizes = RobustnessTrend(0.5), []
+        for _ in range(5):
+            for _ in range(200):
+                trend.add(Reading(0.3, 0.4, 1.0, False, records, 0.1))
+            sizes.append(len(json.dumps(trend.state_dict())))
+        assert sizes == [sizes[0]] * 5
 
 
 def test_drop_says_how_far_it_must_fall():
@@ -161,7 +223,6 @@ def test_a_look_is_what_one_sees_by_hand():
     assert reading.pgd_accuracy < 1
     assert (reading.records, reading.alarm) == (24, False)
     assert reading.chance == pytest.approx(1 / 3)
-    assert watch.history == [reading]
 
 
 def test_a_look_leaves_no_trace():
@@ -239,9 +300,10 @@ def test_a_watch_goes_on_from_its_state():
     whole, first, second = (alarm.watch(FGSM) for _ in range(3))
     for watch in (whole, first):
         assert watch.is_due(2)
-        watch.look(model, x, y, seeded(1))
+        for _ in range(4):
+            watch.look(model, x, y, seeded(1))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert second.history == first.history
+    assert second.state_dict() == first.state_dict()
     assert not second.is_due(2)
     y = torch.zeros_like(y)
     assert second.look(model, x, y, seeded(2)) == whole.look(model, x, y, seeded(2))
@@ -304,18 +366,18 @@ def watched_training(attack, steps):
         nn.Linear(27, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 8)
     )
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    watch = OverfittingAlarm(every_n_steps=25).watch(attack)
+    watch, history = OverfittingAlarm(every_n_steps=25).watch(attack), []
     for step in range(steps):
         if step % 8 == 0:
             order = torch.randperm(len(x), generator=generator).split(128)
         rows = order[step % 8]
         if watch.is_due(step):
-            watch.look(model, x[rows], y[rows], generator)
+            history.append(watch.look(model, x[rows], y[rows], generator))
         x_adv = attack(model, x[rows], y[rows], generator=generator)
         optimizer.zero_grad()
         F.cross_entropy(model(x_adv), y[rows]).backward()
         optimizer.step()
-    return watch.history
+    return history
 
 
 def test_the_alarm_goes_off_in_fgsm_training_that_overfits():

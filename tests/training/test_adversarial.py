@@ -50,6 +50,17 @@ def by_another_way(model, batch):
     return F.cross_entropy(model[4](model[:4](batch[0])), batch[1])
 
 
+def by_keyword(model, batch):
+    return F.cross_entropy(model(input=batch[0]), batch[1])
+
+
+def written_to(model, batch):
+    """The logits that the hook saw are not what they were."""
+    logits = model(batch[0])
+    logits.mul_(0.5)
+    return F.cross_entropy(logits, batch[1])
+
+
 @pytest.mark.parametrize(
     ("objective", "loss", "own"),
     [
@@ -62,6 +73,8 @@ def by_another_way(model, batch):
         (TRADES(), transformed, 1),
         (MART(), transformed, 1),
         (TRADES(), by_another_way, 0),
+        (TRADES(), by_keyword, 1),
+        (MART(), written_to, 1),
     ],
 )
 def test_one_more_forward_or_two(objective, loss, own):
@@ -69,7 +82,7 @@ def test_one_more_forward_or_two(objective, loss, own):
     model, calls = net(), []
     model.register_forward_hook(lambda module, args, out: calls.append(module.training))
     loop_of(model, objective=objective, loss=loss).step(batches(1)[0])
-    understood = loss in (mean_loss, seen_twice)
+    understood = loss in (mean_loss, seen_twice, by_keyword)
     more = 0 if objective == Madry() else 1 if understood else 2
     assert sum(calls) == own + more
     assert calls.count(False) == 3 + (
@@ -77,7 +90,7 @@ def test_one_more_forward_or_two(objective, loss, own):
     )  # the divergence starts from clean logits
 
 
-@pytest.mark.parametrize("loss", [transformed, seen_twice, by_another_way])
+@pytest.mark.parametrize("loss", [transformed, seen_twice, by_another_way, by_keyword, written_to])
 @pytest.mark.parametrize("objective", [TRADES(4.0), MART(3.0)], ids=["trades", "mart"])
 def test_the_penalty_is_right_whatever_the_loss_does(objective, loss):
     torch.manual_seed(0)  # no dropout, no batch normalization: the order does not matter
@@ -256,6 +269,7 @@ def test_rates_of_useless_gradients():
     attacked(steps, dead, (x, y))
     attacked(steps, net(), (x, y))
     assert steps.gradients == 2 * 3 * 16
+    assert steps.rates((8, 2, 0))["attack/zero_grad_rate"] == 0.25  # of all processes
     assert steps.rates() == {"attack/zero_grad_rate": 0.5, "attack/nonfinite_grad_rate": 0.0}
     assert steps.rates() == {}
     nn.init.constant_(dead.weight, float("nan"))

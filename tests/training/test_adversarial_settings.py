@@ -6,6 +6,7 @@ import pytest
 
 from defend import L2, PGD, InputError, InputSpace, Linf
 from defend.attacks.free import Free
+from defend.attacks.presets import fgsm_rs
 from defend.objectives import AWP, MART, TRADES
 from defend.training.adversarial_settings import AdversarialSettings
 from tests.training.adversarial_cases import ATTACK
@@ -42,7 +43,29 @@ def test_trades_starts_in_parts_of_the_narrowest_box(inputs, eps, radius):
     assert attack_of(attack, objective=TRADES()).start_radius == radius
 
 
+def without_a_generator(model, x, y):
+    return x
+
+
+def noise(model, x, y, *, generator=None, chunk_size=None):
+    return x
+
+
+class Noise:
+    def __call__(self, model, x, y, **settings):
+        return x
+
+
+@pytest.mark.parametrize("attack", [noise, Noise(), Noise().__call__, lambda *_, **__: None])
+def test_anything_that_is_called_as_an_attack_is_one(attack):
+    assert attack_of(attack) == attack
+
+
 REFUSED = [
+    ({"attack": fgsm_rs}, r"got fgsm_rs, which is not.* call it: fgsm_rs\(8 / 255\)"),
+    ({"attack": PGD}, r"chunk_size=...\), got PGD, which is not"),
+    ({"attack": Free}, r"chunk_size=...\), got Free, which is not"),
+    ({"attack": without_a_generator}, r"got without_a_generator, .* let it take those"),
     ({"attack": "pgd"}, r"`attack` to be an attack such as PGD.* got 'pgd'"),
     ({"attack": PGD(L2(1.0), targeted=True)}, r"untargeted attack to train on, got targeted=True"),
     ({"objective": "trades"}, r"`objective` to be Madry\(\), .* got 'trades'"),
