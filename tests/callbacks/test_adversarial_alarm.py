@@ -15,7 +15,7 @@ from defend.attacks.presets import fgsm_rs, n_fgsm
 from defend.evaluation.overfitting import OverfittingAlarm
 from defend.objectives import TRADES
 from tests.callbacks.by_hand import Rich
-from tests.evaluation import test_overfitting as overfitting
+from tests.evaluation import test_overfitting_seen as overfitting
 from tests.helpers import Net, flat, loader, trainer
 
 EPS = 0.1
