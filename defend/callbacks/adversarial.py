@@ -37,9 +37,10 @@ class AdversarialTraining(DefendCallback):
     The attack calls the module's `forward`, which must return logits (or an object with
     `logits`), in eval mode and under the trainer's precision. Its random starts come from a
     generator of its own, seeded from `seed_everything` and kept in the checkpoint, so that a
-    resumed run continues as the uninterrupted one would. Under `DifferentialPrivacy` they are
-    secret and new at each run: were they known, leaving one record out would change the starts of
-    all records after it, and with them the clipped sum by more than C.
+    resumed run continues as the uninterrupted one would (of `Free` and the alarm, a checkpoint
+    keeps what the first process knew). Under `DifferentialPrivacy` they are secret and new at each
+    run: were they known, leaving one record out would change the starts of all records after it,
+    and with them the clipped sum by more than C.
 
     Logs, after each epoch, `attack/zero_grad_rate` and `attack/nonfinite_grad_rate` (gradients
     that were of no use), `attack/seconds_share` (of the epoch, spent in attacks) and, while it
