@@ -164,20 +164,11 @@ class Ascent:
 
     def climb(self, adv: Tensor, losses: Tensor) -> None:
         """The step itself, from the losses of `forward`."""
-        problem, region, delta = self.problem, self.problem.region, self.delta
-        grad = region.hold(_gradient(losses.sum(), adv).to(delta.dtype))
-        self._count(grad)
-        if problem.std is not None:
-            grad = grad / problem.std  # ∂/∂δ_raw = ∂/∂x_model · ∂x_model/∂δ_raw
-        direction = self.ball.steepest(grad, delta, region)
-        delta.addcmul_(direction, problem.step_size)
-        self.ball.project_(delta, region)
-
-    def _count(self, grad: Tensor) -> None:
-        # One pass over memory: the largest |value| is 0, or NaN or inf, exactly when asked for.
-        largest = grad.abs().amax(tuple(range(1, grad.ndim)))
-        useless = torch.stack([largest == 0, (largest < float("inf")).logical_not_()])
-        self.counts.add_(useless.sum(1))
+        grad = _gradient(losses.sum(), adv)
+        problem = self.problem
+        self.counts.add_(
+            step_up_(self.delta, grad, self.ball, problem.region, problem.step_size, problem.std)
+        )
 
     def fooled(self, logits: Tensor) -> Tensor:
         """Which records have the attacker where it wants them.
@@ -258,3 +249,22 @@ def _gradient(loss: Tensor, adv: Tensor) -> Tensor:
                 "NumPy between input and logits."
             ) from error
         raise
+
+
+def step_up_(
+    delta: Tensor, grad: Tensor, ball: Ball, region: Region, step_size: Tensor, std: Tensor | None
+) -> Tensor:
+    """Move δ, in place, along the gradient of the model's input.
+
+    Returns:
+        int64 `[2]`: gradients that were zero, and that were not finite.
+    """
+    grad = region.hold(grad.to(delta.dtype))
+    # One pass over memory: the largest |value| is 0, or NaN or inf, exactly when asked for.
+    largest = grad.abs().amax(tuple(range(1, grad.ndim)))
+    useless = torch.stack([largest == 0, (largest < float("inf")).logical_not_()])
+    if std is not None:
+        grad = grad / std  # ∂/∂δ_raw = ∂/∂x_model · ∂x_model/∂δ_raw
+    delta.addcmul_(ball.steepest(grad, delta, region), step_size)
+    ball.project_(delta, region)
+    return useless.sum(1)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from defend.attacks.ascent import step_up_
 from defend.attacks.pgd import PGD
 from defend.errors import InputError
 from defend.threat.balls import Ball
@@ -166,13 +167,10 @@ class FreePerturbation:
                 "differentiably: no detach, no rounding, no copy through NumPy. Otherwise train "
                 "against PGD or fgsm_rs."
             )
-        grad = region.hold(adv.grad.to(delta.dtype))
-        self._count(grad)
-        if std is not None:
-            grad = grad / std  # ∂/∂δ_raw = ∂/∂x_model · ∂x_model/∂δ_raw
         rows = delta[: len(adv)]
-        rows.addcmul_(ball.steepest(grad, rows, region), self._step_size(region))
-        ball.project_(rows, region)
+        counts = step_up_(rows, adv.grad, ball, region, self._step_size(region), std)
+        self._counts = counts if self._counts is None else self._counts.to(counts) + counts
+        self._gradients += len(adv)
 
     def take_counts(self) -> tuple[int, Tensor | int, Tensor | int]:
         """Gradients absorbed since the last call, how many were zero, how many not finite.
@@ -182,12 +180,6 @@ class FreePerturbation:
         gradients, counts = self._gradients, self._counts
         self._gradients, self._counts = 0, None
         return (gradients, 0, 0) if counts is None else (gradients, counts[0], counts[1])
-
-    def _count(self, grad: Tensor) -> None:
-        size = grad.abs().amax(tuple(range(1, grad.ndim)))
-        counts = torch.stack([(size == 0).sum(), (~size.isfinite()).sum()])
-        self._counts = counts if self._counts is None else self._counts.to(counts) + counts
-        self._gradients += len(grad)
 
     def _step_size(self, region: Region) -> Tensor:
         """`step_size` at the ball's own radius, growing with the radius in force."""

@@ -26,7 +26,7 @@ from defend.objectives.losses import (
     targeted_margin,
 )
 from defend.threat.balls import Ball
-from defend.threat.inputs import InputSpace
+from defend.threat.inputs import InputSpace, check_rows
 
 _LOSSES: dict[str, PerRecordLoss] = {
     "ce": cross_entropy,
@@ -198,7 +198,7 @@ class PGD:
                 RNG is never read, so pass a seeded one for results that repeat.
             chunk_size: most rows to run through the model at once; the random start is drawn for
                 the whole batch first, so the result does not depend on it. "auto": on a GPU what
-                fits into its memory, elsewhere the whole batch. A chunk that does not fit after
+                fits into its memory, elsewhere what stays warm. A chunk that does not fit after
                 all is halved.
             eps: another radius than the ball's: a number, or one for each record, `[N]`. Step size
                 and start scale along.
@@ -267,15 +267,7 @@ class PGD:
                 f"Expected x and y to be tensors, got {type(x).__name__} and {type(y).__name__}. "
                 "Give one target a record, whatever the loss."
             )
-        if not x.is_floating_point():
-            raise InputError(
-                f"Expected floating point inputs, got {x.dtype}. Scale them into the box first, "
-                "for example x.float() / 255."
-            )
-        if x.ndim < 2:
-            raise InputError(
-                f"Expected inputs of shape [N, ...] with one record a row, got {tuple(x.shape)}."
-            )
+        check_rows(x)
         if self.channels_last and x.ndim != 4:
             raise InputError(
                 f"Expected images [N, C, H, W] with channels_last=True, got shape {tuple(x.shape)}."

@@ -28,7 +28,7 @@ from defend.attacks.torchattacks_needs import (
 )
 from defend.batching.chunks import check_chunk_size, chunk_bounds
 from defend.errors import InputError
-from defend.threat.inputs import InputSpace
+from defend.threat.inputs import InputSpace, check_rows
 
 _VERSION = "3.3.0"
 _INSTALL = f"pip install torchattacks=={_VERSION}"
@@ -284,15 +284,7 @@ def _defaults(name: str) -> dict[str, Any]:
 
 
 def _check_batch(x: Tensor, y: Tensor) -> None:
-    if not x.is_floating_point():
-        raise InputError(
-            f"Expected floating point inputs, got {x.dtype}. Scale them into the box first, for "
-            "example x.float() / 255."
-        )
-    if x.ndim < 2:
-        raise InputError(
-            f"Expected inputs of shape [N, ...] with one record a row, got {tuple(x.shape)}."
-        )
+    check_rows(x)
     if y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise InputError(
             f"Expected class indices of shape [{len(x)}], got {y.dtype} of shape "

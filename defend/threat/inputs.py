@@ -16,6 +16,19 @@ from defend.threat.region import Region
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
+def check_rows(x: Tensor) -> None:
+    """Refuse inputs that are not floating point, or not one record a row."""
+    if not x.is_floating_point():
+        raise InputError(
+            f"Expected floating point inputs, got {x.dtype}. Scale them into the box first, "
+            "for example x.float() / 255."
+        )
+    if x.ndim < 2:
+        raise InputError(
+            f"Expected inputs of shape [N, ...] with one record a row, got {tuple(x.shape)}."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class InputSpace:
     """Raw inputs live in the box [low, high]; the model is fed (raw − mean) / std.

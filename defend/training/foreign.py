@@ -49,8 +49,7 @@ def run_foreign(
 
 @contextlib.contextmanager
 def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """`no_trace`, for code that may change modes, buffers and gradients itself."""
-    modes = [(m, m.training) for m in module.modules()]
+    """`no_trace`, for code that may change buffers and gradients itself."""
     grads = [(p, p.grad) for p in module.parameters()]
     buffers = [(b, b.clone()) for b in module.buffers() if not b.is_inference()]
     try:
@@ -59,8 +58,6 @@ def untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
         with no_trace(module, device):
             yield
     finally:
-        for m, mode in modes:
-            m.training = mode
         for p, grad in grads:
             p.grad = grad
         with torch.no_grad():
