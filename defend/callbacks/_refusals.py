@@ -1,7 +1,6 @@
 """What adversarial training cannot be combined with."""
 
 from defend.attacks.free import Free
-from defend.callbacks._base import brief
 from defend.errors import InputError, PrivacyError
 from defend.evaluation.overfitting import OverfittingAlarm
 from defend.training.adversarial import AdversarialSettings
@@ -28,18 +27,7 @@ def refuse_beside_privacy(
     Raises:
         PrivacyError: for what would let it move more, or show a record without noise.
     """
-    if _joins_the_step(settings):
-        raise PrivacyError(
-            "Expected objective=Madry() and an attack such as PGD beside DifferentialPrivacy, got "
-            f"{_method(settings)}: what one record moves would not be bounded by its one clip. "
-            "Take those."
-        )
-    if getattr(settings.attack, "couples_records", False) and settings.chunk_size != 1:
-        raise PrivacyError(
-            "Expected an attack on each record alone beside DifferentialPrivacy, got "
-            f"{brief(settings.attack)}, in which records of a chunk move each other. Take PGD, or "
-            "chunk_size=1."
-        )
+    settings.refuse_beside_privacy()
     if isinstance(alarm, OverfittingAlarm):
         raise PrivacyError(
             "Expected no alarm beside DifferentialPrivacy, got one: it looks at training records "

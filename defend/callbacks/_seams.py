@@ -6,11 +6,10 @@ kind of optimization; `trainer.strategy.backward` takes the loss from there, and
 methods of the strategy. They are wrapped once a trainer, on the instance, and callbacks register
 what they want done; so their order in the list of callbacks changes nothing:
 
-    batch → attack (the whole logical batch) → split → training_step and backward, chunk by chunk
-
-or, where the run is not private,
-
     batch → attack → training_step → the objective's own term → backward → weights and δ
+
+or, where the run is private, the attack on the whole logical batch, and all that follows chunk by
+chunk.
 
 A fourth one is for metrics: what `self.log` hands to the training loop's results.
 """
@@ -26,14 +25,18 @@ import torch
 class Adversary(Protocol):
     """Registered by adversarial training: what it does before, around and after a step.
 
-    `transform` gives the adversarial batch, for a step that a `StepRunner` runs. `run` attacks,
-    runs the step and completes its loss; `backward` is around the backward, and undoes what `run`
-    did to the weights.
+    `transform` attacks; what it gives holds the clean and the adversarial rows, and can be cut into
+    chunks of them. `run` runs the step on that and completes its loss; `backward` is around the
+    backward, and undoes what `run` did to the weights. All of it also works on a copy of the
+    module, on which a step is tried out.
     """
+
+    @property
+    def moves_weights(self) -> bool: ...
 
     def transform(self, batch: Any, module: torch.nn.Module) -> Any: ...
 
-    def run(self, batch: Any, module: torch.nn.Module, step: Callable[[Any], Any]) -> Any: ...
+    def run(self, made: Any, module: torch.nn.Module, step: Callable[[Any], Any]) -> Any: ...
 
     def backward(self) -> AbstractContextManager[None]: ...
 
@@ -50,6 +53,12 @@ class StepRunner(Protocol):
 
     @property
     def step_chunk_size(self) -> int | None: ...
+
+    @property
+    def views(self) -> int: ...
+
+    @property
+    def released(self) -> Mapping[str, torch.Tensor]: ...
 
     def attack_generator(self, device: torch.device) -> torch.Generator: ...
 
@@ -117,18 +126,29 @@ class Seams:
                 self._weigh_logs_by(part)
             return self._training_step(part, *args, **kwargs)
 
+        def completed(made: Any) -> Any:
+            return step(made) if adversary is None else adversary.run(made, module, step)
+
+        if adversary is not None:
+            batch = adversary.transform(batch, module)
         if self.private is not None:
-            if adversary is not None:
-                batch = adversary.transform(batch, module)
-            return self.private.run(batch, step, self._backward)
-        return step(batch) if adversary is None else adversary.run(batch, module, step)
+            return self.private.run(batch, completed, self._undone_after(self._backward))
+        return completed(batch)
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Stands in for `strategy.backward`."""
         if self.private is not None:
             return loss  # done already, chunk by chunk, in `training_step`
-        with nullcontext() if self.adversary is None else self.adversary.backward():
-            return self._backward(loss, *args, **kwargs)
+        return self._undone_after(self._backward)(loss, *args, **kwargs)
+
+    def _undone_after(self, backward: Callable[..., Any]) -> Callable[..., Any]:
+        """A backward, and after it what the adversary does then."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with nullcontext() if self.adversary is None else self.adversary.backward():
+                return backward(*args, **kwargs)
+
+        return run
 
     def log(self, fx: str, name: str, *args: Any, **kwargs: Any) -> None:
         """Stands in for the training results' `log`."""

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,10 +11,9 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
-from defend.callbacks._seams import Seams
+from defend.callbacks._seams import Adversary
 from defend.errors import PrivacyError
 from defend.privacy.preconditions import Setup
-from defend.privacy.selftest import Attack
 
 
 def trainer_facts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Setup:
@@ -82,10 +82,13 @@ class TrainerStep:
     Args:
         trainer: the Trainer, at the start of its fit.
         pl_module: its module.
+        adversary: what adversarial training makes of it, if there is any.
     """
 
-    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.trainer, self.pl_module = trainer, pl_module
+    def __init__(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, adversary: Adversary | None
+    ) -> None:
+        self.trainer, self.pl_module, self.adversary = trainer, pl_module, adversary
         self._takes_index = is_param_in_hook_signature(
             pl_module.training_step, "batch_idx", min_args=2
         )
@@ -99,16 +102,21 @@ class TrainerStep:
         return self.trainer.strategy.batch_to_device(batch)
 
     def loss(self, module: nn.Module, batch: Any) -> torch.Tensor:
-        """The loss of `training_step` on a copy of the module; nothing is logged."""
+        """The whole loss on a copy of the module; nothing is logged."""
         assert isinstance(module, pl.LightningModule)
         module.trainer = self.trainer
         module.log = _log_nothing  # type: ignore[method-assign]
-        arguments = (batch, self._index) if self._takes_index else (batch,)
+
+        def step(rows: Any) -> Any:
+            arguments = (rows, self._index) if self._takes_index else (rows,)
+            with self.trainer.precision_plugin.train_step_context():
+                return module.training_step(*arguments)
+
         loggers = self.trainer.loggers
         self.trainer.loggers = [DummyLogger() for _ in loggers]
         try:
-            with self.trainer.precision_plugin.train_step_context():
-                return loss_of(module.training_step(*arguments))
+            adversary = self.adversary
+            return loss_of(step(batch) if adversary is None else adversary.run(batch, module, step))
         finally:
             self.trainer.loggers = loggers
 
@@ -123,12 +131,15 @@ class TrainerStep:
         parts += trainer.callbacks  # type: ignore[attr-defined]
         return [part for part in parts if part is not None]
 
-    def attack_of(self, seams: Seams) -> Attack | None:
-        """What adversarial training makes of a batch, if there is any."""
-        adversary = seams.adversary
-        if adversary is None:
-            return None
-        return lambda module, batch: adversary.transform(batch, module)
+    def attack(self, module: nn.Module, batch: Any) -> Any:
+        """The batch, clean and attacked."""
+        assert self.adversary is not None
+        return self.adversary.transform(batch, module)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """A backward on the copy, whose weights are then where they were."""
+        with nullcontext() if self.adversary is None else self.adversary.backward():
+            loss.backward()
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -57,7 +57,8 @@ class AdversarialTraining(DefendCallback):
             training step sees the clean batch, with the others the adversarial one; its loss must
             be the mean over the rows. With AWP, hooks between the step and the end of its backward
             (`on_before_zero_grad`, `on_before_backward`) find the weights moved.
-        clean_fraction: part of the records of each batch that stay clean, in [0, 1).
+        clean_fraction: part of the records of each batch that stay clean, in [0, 1). With the
+            `views` of `DifferentialPrivacy`, part of each record's views.
         warmup_epochs: eps grows linearly from 0 over so many epochs (Gowal et al. 2020), step by
             step; epoch by epoch, from eps / warmup_epochs on, where the loader has no length.
         alarm: looks out for catastrophic overfitting, to which one-step attacks are prone: a few
@@ -108,6 +109,7 @@ class AdversarialTraining(DefendCallback):
     def _start_anew(self) -> None:
         """As new: nothing of a training before, of another model perhaps, goes into the next."""
         self._steps = AdversarialSteps(self._settings)
+        self._tried = AdversarialSteps(self._settings)  # on copies: at full strength, not counted
         self._watch = _alarm.chosen_watch(self._alarm, self._steps.attack)
         self._warned = self._switched = False
         self._seed: int | None = None
@@ -166,48 +168,52 @@ class AdversarialTraining(DefendCallback):
 
     # --- one step ---------------------------------------------------------------------------------
 
-    def transform(self, batch: Any, module: torch.nn.Module) -> Any:
-        """The adversarial batch; the batch itself is untouched."""
+    @property
+    def moves_weights(self) -> bool:
+        """Whether the gradient is taken at other weights than those that step."""
+        return self._settings.moves_weights
+
+    def transform(self, batch: Any, module: torch.nn.Module) -> AttackedBatch:
+        """The batch, clean and attacked; the batch itself is untouched."""
         trainer, seams = self._trainer, self._seams
         assert trainer is not None
         assert seams is not None
-        if module is trainer.lightning_module:
-            return self._attacked(batch, module).batch
-        # A copy, on which a private step is tried out: at full strength, and not counted.
-        assert seams.private is not None
         x, _ = self._steps.inputs_of(batch)
-        with trainer.precision_plugin.forward_context():
-            return (
-                AdversarialSteps(self._settings)
-                .attacked(
-                    module,
-                    batch,
-                    generator=seams.private.attack_generator(x.device),
-                    epochs=math.inf,
-                    chunk_size=seams.private.step_chunk_size,
-                    private=True,
-                )
-                .batch
+        private, real = seams.private, module is trainer.lightning_module
+        steps = self._steps if real else self._tried
+        timed = self._stopwatch_on(x.device) if real else nullcontext()
+        with timed, trainer.precision_plugin.forward_context():
+            return steps.attacked(
+                module,
+                batch,
+                generator=(
+                    self._generator(trainer, x.device)
+                    if private is None
+                    else private.attack_generator(x.device)
+                ),
+                epochs=epochs_trained(trainer) if real else math.inf,
+                chunk_size="auto" if private is None else private.step_chunk_size,
+                private=private is not None,
+                views=1 if private is None else private.views,
             )
 
-    def run(self, batch: Any, module: torch.nn.Module, step: Callable[[Any], Any]) -> Any:
+    def run(
+        self, made: AttackedBatch | Any, module: torch.nn.Module, step: Callable[[Any], Any]
+    ) -> Any:
         """What the training step returns for the attacked batch, its loss completed."""
-        steps, trainer = self._steps, self._trainer
+        trainer, seams = self._trainer, self._seams
         assert trainer is not None
-        precision = trainer.precision_plugin.forward_context
-        made = self._attacked(batch, module)
-        try:
-            with steps.step(module, made, precision=precision):
-                output = step(made.batch)
-            if output is None:  # Lightning skips the batch
-                steps.restore_weights()
-                return None
-            with precision():
-                penalty = steps.penalty(module, made)
-        except BaseException:
-            steps.restore_weights()
-            raise
-        return output if penalty is None else with_penalty(output, penalty)
+        assert seams is not None
+        private, precision = seams.private, trainer.precision_plugin.forward_context
+        if module is trainer.lightning_module:
+            steps, released = self._steps, None if private is None else private.released
+        else:  # any direction will do for AWP; the weights' own is at hand
+            steps, released = self._tried, dict(module.named_parameters())
+            if not isinstance(made, AttackedBatch):
+                made = steps.unattacked(made)
+        return steps.run(
+            module, made, step, add=with_penalty, precision=precision, released=released
+        )
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -217,6 +223,7 @@ class AdversarialTraining(DefendCallback):
             self._steps.after_backward()
         finally:
             self._steps.restore_weights()
+            self._tried.restore_weights()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._steps.restore_weights()  # before the module's own hook looks at them
@@ -225,26 +232,6 @@ class AdversarialTraining(DefendCallback):
         """Free trains each batch several times in a row."""
         attack = self._steps.attack
         return Replayed(loader, attack.replays) if isinstance(attack, Free) else loader
-
-    def _attacked(self, batch: Any, module: torch.nn.Module) -> AttackedBatch:
-        trainer, seams = self._trainer, self._seams
-        assert trainer is not None
-        assert seams is not None
-        x, _ = self._steps.inputs_of(batch)
-        private, device = seams.private, x.device
-        with self._stopwatch_on(device), trainer.precision_plugin.forward_context():
-            return self._steps.attacked(
-                module,
-                batch,
-                generator=(
-                    self._generator(trainer, device)
-                    if private is None
-                    else private.attack_generator(device)
-                ),
-                epochs=epochs_trained(trainer),
-                chunk_size="auto" if private is None else private.step_chunk_size,
-                private=private is not None,
-            )
 
     def _generator(
         self, trainer: pl.Trainer, device: torch.device, *purpose: int

@@ -1,6 +1,6 @@
 """DP-SGD for an unmodified LightningModule: a thin shell over `defend.training`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,10 @@ class DifferentialPrivacy(Readings, DefendCallback):
             not split. A chunk that runs out of memory is halved.
         clipping: `FlatClipping()`, `PerLayerClipping()`, or `AdaptiveClipping(...)`, for which
             `max_grad_norm` is where C starts.
+        views: rows of each record, K ≥ 1 (augmentation multiplicity, De et al. 2022, arXiv
+            2204.13650). The data set is asked for each sampled record K times, so that it may
+            augment it anew each time; batch hooks and attacks see K rows. The mean of their
+            gradients is gᵢ, and is clipped once: K costs time, not ε.
         noise_schedule: step → factor on σ, such as `Decay(0.999)`; accounted step by step.
         clip_schedule: step → factor on C.
         ledger: a path; None: `privacy_ledgers/` under the Trainer's `default_root_dir`, under a
@@ -103,6 +107,7 @@ class DifferentialPrivacy(Readings, DefendCallback):
         accountant: str = "prv",
         chunk_size: int | str | None = "auto",
         clipping: Clipping = FlatClipping(),
+        views: int = 1,
         noise_schedule: Schedule | None = None,
         clip_schedule: Schedule | None = None,
         ledger: str | Path | bool | None = None,
@@ -124,6 +129,7 @@ class DifferentialPrivacy(Readings, DefendCallback):
                 accountant=accountant,
                 chunk_size=chunk_size,
                 clipping=clipping,
+                views=views,
                 noise_schedule=noise_schedule,
                 clip_schedule=clip_schedule,
                 ledger=ledger,
@@ -232,12 +238,14 @@ class DifferentialPrivacy(Readings, DefendCallback):
                 f"steps of which {self.steps} were. Start with a new Trainer, from weights that "
                 "may be public."
             )
-        step = TrainerStep(trainer, pl_module)
+        adversary = Seams.of(trainer).adversary
+        step = TrainerStep(trainer, pl_module, adversary)
         private.try_out(
             pl_module,
             step.loss,
             transfer=step.transfer,
-            attack=step.attack_of(Seams.of(trainer)),
+            attack=None if adversary is None else step.attack,
+            backward=step.backward,
             half=step.half,
             share=step.share(),
             on_look=step.look,
@@ -248,6 +256,7 @@ class DifferentialPrivacy(Readings, DefendCallback):
             planned=planned,
             done=trainer.global_step if self._resumed_at is None else self._resumed_at,
             ddp=trainer.strategy.model,
+            keep_release=adversary is not None and adversary.moves_weights,
         )
         self._stop_if_spent(trainer)
 
@@ -255,6 +264,16 @@ class DifferentialPrivacy(Readings, DefendCallback):
     def step_chunk_size(self) -> int | None:
         """Most rows in one chunk."""
         return self._private.chunk_size
+
+    @property
+    def views(self) -> int:
+        """Rows of a record."""
+        return self._private.settings.views
+
+    @property
+    def released(self) -> Mapping[str, torch.Tensor]:
+        """The last released gradient, for an adversary that moves the weights."""
+        return self._private.released
 
     def attack_generator(self, device: torch.device) -> torch.Generator:
         """Secret numbers for the random starts of this rank's records in the current step."""

@@ -24,8 +24,9 @@ class AWP(Objective):
     and backward, and a copy of the weights. The losses are those of the objective inside.
 
     *Guarantees.* θ is put back bit for bit before the optimizer's step. v depends on all records
-    of the batch, and so does then each record's gradient: not to be used with DP-SGD, which counts
-    on a record's gradient being its own.
+    of the batch, and so does then each record's gradient, which DP-SGD does not allow: beside
+    `DifferentialPrivacy` v follows the gradient that was released last, noise and all
+    (`perturbation_along`). It then costs no further pass, and the first step goes without it.
 
     Args:
         objective: what to minimize, for example `TRADES(6.0)`.
@@ -149,6 +150,33 @@ def weight_perturbation(
         loss = objective.losses(run(x) if objective.pairs else None, run(x_adv), y).sum()
         steps = _steps_up(loss, [weights[name] for name in moved], gamma)
     return dict(zip(moved, steps, strict=True))
+
+
+def perturbation_along(
+    module: nn.Module, gradient: Mapping[str, Tensor], gamma: float
+) -> dict[str, Tensor]:
+    r"""`weight_perturbation` along a gradient that is there already: v_l = γ · ‖w_l‖ · g_l / ‖g_l‖.
+
+    In private training, along the last released gradient: noised as it is, it costs no ε and does
+    not depend on who is in this batch (Park et al. 2023, arXiv 2306.05651).
+
+    Args:
+        module: the model.
+        gradient: by parameter name. Parameters that it does not name stay.
+        gamma: γ > 0.
+
+    Returns:
+        v_l by parameter name, for those with more than one dimension.
+
+    Raises:
+        InputError: if γ is not positive and finite.
+    """
+    check_gamma(gamma)
+    return {
+        name: ascent(p.detach(), gradient[name], gamma)
+        for name, p in module.named_parameters()
+        if p.requires_grad and p.ndim > 1 and name in gradient
+    }
 
 
 def _steps_up(loss: Tensor, weights: list[Tensor], gamma: float) -> list[Tensor]:

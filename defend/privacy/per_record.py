@@ -23,8 +23,12 @@ class PerRecordGradients:
     model that reorders or mixes rows between layers breaks this without a trace in shapes or sums;
     only a comparison with each record alone finds it (`defend.privacy.selftest`).
 
+    With K `views`, K rows in a row of the batch are one record: gᵢ is the mean of their gradients,
+    taken as each layer's come in, so that no more than one layer's are held row by row.
+
     Args:
         module: the module to watch; hooks are installed at once.
+        views: rows of a record, K ≥ 1.
         loss_reduction: whether backward starts from the "mean" over the rows or from their "sum".
             Prefer "sum" in half precision: the division by the rows rounds every gradient anew
             when one record is left out, and all of them then move a little.
@@ -34,9 +38,14 @@ class PerRecordGradients:
     """
 
     def __init__(
-        self, module: nn.Module, *, loss_reduction: Literal["mean", "sum"] = "mean"
+        self,
+        module: nn.Module,
+        *,
+        views: int = 1,
+        loss_reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
         self.module = module
+        self.views = views
         self.loss_reduction = loss_reduction
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._names: dict[Tensor, str] = {p: n for n, p in self.parameters.items()}
@@ -58,8 +67,16 @@ class PerRecordGradients:
         (positions, say) are then looked up once a row, so that each record has its own gradient.
 
         Args:
-            rows: rows that will be in the batch, padding included; at least 1.
+            rows: rows that will be in the batch, padding and all views included; at least 1.
+
+        Raises:
+            PrivacyError: if they are no whole number of records.
         """
+        if rows % self.views:
+            raise PrivacyError(
+                f"Expected a multiple of {self.views} rows, {self.views} a record, got {rows}. "
+                "Keep the views of a record together."
+            )
         self._calls.rows = rows
 
     @property
@@ -78,12 +95,12 @@ class PerRecordGradients:
             self._calls.hooks_enabled = before
 
     def read(self, rows: int) -> list[Tensor]:
-        """The per-record gradients of the last backward, `[rows, *shape]` for each parameter.
+        """The per-record gradients of the last backward, `[records, *shape]` for each parameter.
 
         A parameter that the loss did not use gets zeros.
 
         Args:
-            rows: rows that were in the batch, padding included.
+            rows: rows that were in the batch, padding and all views included.
 
         Raises:
             PrivacyError: if a parameter has a gradient but none per record, if records were
@@ -97,7 +114,7 @@ class PerRecordGradients:
                 "gradient at all. A batch may not be skipped: return a loss for every batch."
             )
         return [
-            p.new_zeros((rows, *p.shape)) if g is None else g
+            p.new_zeros((rows // self.views, *p.shape)) if g is None else g
             for g, p in zip(gradients, self.parameters.values(), strict=True)
         ]
 
@@ -139,8 +156,10 @@ class PerRecordGradients:
                 of_records = gradient.new_zeros((call.rows, *parameter.shape))
                 of_records[call.order[: len(gradient)]] = gradient
                 gradient = of_records
-            if len(gradient) != call.rows:
+            if len(gradient) != call.rows or len(gradient) % self.views:
                 self._other_rows[parameter] = len(gradient)
+            else:
+                gradient = mean_of_views(gradient, self.views)
             earlier = self._gradients.get(parameter)
             if earlier is None:
                 self._gradients[parameter] = gradient
@@ -165,7 +184,7 @@ class PerRecordGradients:
                 "every record again. Add the losses up and run one backward; let an attack run in "
                 "AdversarialTraining or under `defend.attacks.no_trace`."
             )
-        found = self._other_rows.get(parameter, len(gradient))
+        found = self._other_rows.get(parameter, len(gradient) * self.views)
         if found != rows:
             raise PrivacyError(
                 f"Expected {rows} rows, one a record, in the gradient of `{name}`, got {found}. "
@@ -195,7 +214,7 @@ class PerRecordGradients:
             self._checked.add(self._key(name, self.parameters[name], rows))
             exact = gradient.dtype in (torch.float32, torch.float64)
             own, whole = (1e-2, 1e-4) if exact else (1e-1, 2e-2)
-            found_total = gradient.float().sum(0)
+            found_total = gradient.float().sum(0) * self.views
             if self.loss_reduction == "mean":
                 found_total /= rows
             difference = (found_total - total).norm()
@@ -210,3 +229,18 @@ class PerRecordGradients:
 
     def _key(self, name: str, parameter: nn.Parameter, rows: int) -> tuple[str, int | None]:
         return name, None if parameter in self._by_formula else rows
+
+
+def mean_of_views(gradient: Tensor, views: int) -> Tensor:
+    """gᵢ = (1/K) Σₖ gᵢₖ.
+
+    Args:
+        gradient: of each row, `[records · K, *shape]`, the K rows of a record next to each other.
+        views: K ≥ 1.
+
+    Returns:
+        `[records, *shape]`.
+    """
+    if views == 1:
+        return gradient
+    return gradient.unflatten(0, (-1, views)).mean(1)

@@ -112,10 +112,14 @@ def changed(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> str | 
     return None
 
 
-def rows_differ(one: Any, other: Any, rows: int) -> bool:
-    """Whether any tensor of two batches differs in its rows after the first."""
+def rows_differ(one: Any, other: Any, rows: int, first: int = 1) -> bool:
+    """Whether any tensor of two batches differs in its rows after the `first` ones."""
+
+    def differ(a: Tensor, b: Tensor) -> bool:
+        return not torch.allclose(a[first:], b[first:], atol=1e-5)
+
     return any(
-        a.shape == b.shape and len(a) == rows and not torch.allclose(a[1:], b[1:], atol=1e-5)
+        a.shape == b.shape and len(a) == rows and differ(a, b)
         for a, b in zip(_tensors(one), _tensors(other), strict=False)
         if a.ndim and b.ndim
     )

@@ -19,13 +19,13 @@ class Drawn(NamedTuple):
     """What one rank was handed for one logical step.
 
     Attributes:
-        records: how many of the rows are sampled records; they come first.
-        rows: rows in the batch, padding included.
+        records: sampled records; they come first.
+        slots: records in the batch, padding included. Each takes as many rows as it has views.
         chunks: chunks to run them in, the same on every rank.
     """
 
     records: int
-    rows: int
+    slots: int
     chunks: int
 
 
@@ -37,15 +37,19 @@ class PoissonBatchSampler(Sampler[list[int]]):
     A rank with fewer rows than it needs is padded with record 0, which `Drawn.records` leaves out
     of the sum: an empty batch still takes its noised step, as the accounting assumes.
 
+    With K views each index is handed out K times in a row: the data set is asked for the record K
+    times and may augment it anew each time. It joins once, whatever K.
+
     Args:
         size: records in the data set.
         sample_rate: q in (0, 1].
         steps: batches in an epoch.
         randomness: source of the masks; each step has a generator of its own.
         first_step: called when an epoch starts; the number of its first step.
-        chunk_size: most rows of a rank in one chunk; None means one chunk. May be set anew before
-            an epoch starts.
-        fixed: fill every chunk up to `chunk_size` rows with padding, where a new shape costs more
+        chunk_size: most rows of a rank in one chunk, but never less than one record's; None means
+            one chunk. May be set anew before an epoch starts.
+        views: rows of a record, K ≥ 1.
+        fixed: fill every chunk with padding, where a new shape costs more
             than the rows (cuDNN's autotuner tries all its algorithms for each shape).
         rank: this process.
         world_size: all processes.
@@ -65,6 +69,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         *,
         first_step: Callable[[], int] = lambda: 0,
         chunk_size: int | None = None,
+        views: int = 1,
         fixed: bool = False,
         rank: int = 0,
         world_size: int = 1,
@@ -75,6 +80,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.randomness: Randomness | None = randomness
         self.first_step = first_step
         self.chunk_size = chunk_size
+        self.views = views
         self.fixed = fixed
         self.rank = rank
         self.world_size = world_size
@@ -96,12 +102,18 @@ class PoissonBatchSampler(Sampler[list[int]]):
         for step in range(first, first + self.steps):
             hits = self.sample(step)
             largest = len(hits[:: self.world_size])  # rank 0 has the most
-            chunks = max(1, math.ceil(largest / self.chunk_size)) if self.chunk_size else 1
+            most = self.records_in_a_chunk
+            chunks = max(1, math.ceil(largest / most)) if most else 1
             mine = hits[self.rank :: self.world_size]
-            least = chunks * self.chunk_size if self.fixed and self.chunk_size else chunks
+            least = chunks * most if self.fixed and most else chunks
             padding = max(least - len(mine), 0)
             self.drawn.append(Drawn(len(mine), len(mine) + padding, chunks))
-            yield mine + [0] * padding
+            yield [i for i in mine + [0] * padding for _ in range(self.views)]
+
+    @property
+    def records_in_a_chunk(self) -> int | None:
+        """Most records of a rank in one chunk, at least one; None where it is not split."""
+        return None if self.chunk_size is None else max(1, self.chunk_size // self.views)
 
     def sample(self, step: int) -> list[int]:
         """The records of the whole logical batch of one step, over all ranks."""

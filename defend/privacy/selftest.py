@@ -52,6 +52,7 @@ _MOVE_SLACK_ATTACKED = 5e-2  # a sign that flips by rounding moves a whole step 
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Attack = Callable[[nn.Module, Any], Any]
+Backward = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ def selftest(
     loss: Loss,
     collate: Callable[[list[Any]], Any],
     attack: Attack | None = None,
+    backward: Backward = Tensor.backward,
     max_grad_norm: float = 1.0,
+    views: int = 1,
     half: bool = False,
     rows: int | None = None,
     turn: int = 0,
@@ -104,11 +107,15 @@ def selftest(
         collate: items → batch, on the right device.
         attack: (module, batch) → adversarial batch, or None. It must draw the same numbers at each
             call.
+        backward: takes what comes from `loss` through its backward; for a loss that moves the
+            weights until then, and has to put them back.
         max_grad_norm: C.
+        views: rows that `collate` makes of each item, next to each other.
         half: whether the step computes in half precision (autocast), which rounds more.
         share: objects that the module may refer to and that are not to be copied with it.
-        rows: rows of an ordinary batch; the records are repeated up to it in one more comparison
-            with a record alone, since a step may do with many rows what it cannot do with six.
+        rows: rows of an ordinary batch, views included; the records are repeated up to it in one
+            more comparison with a record alone, since a step may do with many rows what it cannot
+            do with six.
         turn: 0 for the whole test; 1, 2, … for another look later on: the first part alone, under
             other random numbers each time.
 
@@ -123,7 +130,15 @@ def selftest(
     if len(records) < 3:
         raise InputError(f"Expected at least 3 records for the self-test, got {len(records)}.")
     probe = _Probe(
-        copy_for_probe(module, share), list(records), loss, collate, attack, max_grad_norm, half
+        copy_for_probe(module, share),
+        list(records),
+        loss,
+        collate,
+        attack,
+        backward,
+        max_grad_norm,
+        views,
+        half,
     )
     with seeded(0, probe.devices):
         findings, largest = probe.run(rows) if turn == 0 else (probe.look_again(turn), 0.0)
@@ -138,10 +153,13 @@ class _Probe:
         loss: Loss,
         collate: Callable[[list[Any]], Any],
         attack: Attack | None,
+        backward: Backward,
         max_grad_norm: float,
+        views: int,
         half: bool,
     ) -> None:
         self.module, self.loss, self.collate, self.attack = module, loss, collate, attack
+        self.backward, self.views = backward, views
         *self.records, self.spare = records
         self.max_grad_norm, self.half = max_grad_norm, half
         self.findings: list[str] = []
@@ -154,8 +172,8 @@ class _Probe:
         with self._watched() as per_record:
             for turn, (part, seed) in enumerate(_LOOKS):
                 self._alone(per_record, turn, part, seed)
-            if rows is not None and rows > len(self.records):
-                self._alone(per_record, 0, *_LOOKS[0], rows=rows)
+            if rows is not None and rows // self.views > len(self.records):
+                self._alone(per_record, 0, *_LOOKS[0], count=rows // self.views)
             largest = self._leave_one_out(per_record)
             self._replace_one(per_record)
             return self.findings, largest
@@ -170,7 +188,7 @@ class _Probe:
     @contextmanager
     def _watched(self) -> Iterator[PerRecordGradients]:
         """Hooks on the copy; the first finding ends the block."""
-        per_record = PerRecordGradients(self.module, loss_reduction="sum")
+        per_record = PerRecordGradients(self.module, views=self.views, loss_reduction="sum")
         try:
             yield per_record
         except PrivacyError as error:  # ours, or what reading the gradients found by itself
@@ -181,7 +199,7 @@ class _Probe:
     def _gradients(
         self, per_record: PerRecordGradients, records: list[Any], seed: int
     ) -> list[Tensor]:
-        """Gradients `[rows, *shape]` of one batch, from the state that the copy started in."""
+        """Gradients `[records, *shape]` of one batch, from the state that the copy started in."""
         with seeded(seed, self.devices):
             return self._step(per_record, self.collate(list(records)), len(records))
 
@@ -204,11 +222,12 @@ class _Probe:
             )
         return batch
 
-    def _step(self, per_record: PerRecordGradients, batch: Any, rows: int) -> list[Tensor]:
+    def _step(self, per_record: PerRecordGradients, batch: Any, records: int) -> list[Tensor]:
+        rows = records * self.views
         restore(self.module, self.before, self.generators)
         per_record.expect(rows)
         with torch.enable_grad():
-            (self.loss(self.module, batch) * rows).backward()
+            self.backward(self.loss(self.module, batch) * rows)
         try:
             return [g.detach().clone() for g in per_record.read(rows)]
         finally:
@@ -222,13 +241,13 @@ class _Probe:
         turn: int,
         part: float,
         seed: int,
-        rows: int | None = None,
+        count: int | None = None,
     ) -> None:
-        """The first row of a batch, against its record in a batch of its own."""
+        """The first of the records in a batch, against that record in a batch of its own."""
         first = turn % len(self.records)
         records = self.records[first:] + self.records[:first]
-        if rows is not None:
-            records = list(itertools.islice(itertools.cycle(records), rows))
+        if count is not None:
+            records = list(itertools.islice(itertools.cycle(records), count))
         with StillRandomness(part):
             together = [g[0] for g in self._gradients(per_record, records, seed)]
             after = state_of(self.module)
@@ -256,7 +275,7 @@ class _Probe:
         restore(self.module, self.before, self.generators)
         with seeded(seed, self.devices), per_record.paused(), torch.enable_grad():
             # Not `autograd.grad`: reentrant checkpoints forbid it.
-            self.loss(self.module, self.collate([record])).backward()
+            self.backward(self.loss(self.module, self.collate([record])))
         return [
             torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
             for p in self.parameters.values()
@@ -295,7 +314,9 @@ class _Probe:
             outcomes.append((batch, gradients, state_of(self.module)))
         (batch, gradients, after), (other_batch, other_gradients, other_after) = outcomes
         self._judge_state(after, other_after)
-        if self.attack is not None and rows_differ(batch, other_batch, len(self.records)):
+        if self.attack is not None and rows_differ(
+            batch, other_batch, len(self.records) * self.views, first=self.views
+        ):
             raise PrivacyError(
                 "Expected the adversarial version of a record to depend on that record alone, got "
                 "one that moves with another record of the batch. Attack each record by its own "

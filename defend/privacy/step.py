@@ -47,9 +47,16 @@ class PrivateStep:
         charge: called with σ and C once a step *before* its noise is added; returns the number of
             the step, which its noise is drawn for, or raises to prevent it.
         clipping: how records are clipped.
+        views: rows of a record, which stand next to each other in a chunk. Their mean gradient is
+            the record's, and is clipped once.
+        keep_release: whether `released` is to be filled, at the memory of one more gradient.
         loss_reduction: whether the backward of a chunk starts from a "mean" or a "sum".
         rank: this process.
         world_size: all processes.
+
+    Attributes:
+        released: with `keep_release` the last gradient that was released, noise and all, by
+            parameter name; empty before the first. Whatever is computed from it costs no ε.
     """
 
     def __init__(
@@ -63,6 +70,8 @@ class PrivateStep:
         randomness: Randomness,
         charge: Callable[[float, float], int],
         clipping: Clipping = FlatClipping(),
+        views: int = 1,
+        keep_release: bool = False,
         loss_reduction: Literal["mean", "sum"] = "mean",
         rank: int = 0,
         world_size: int = 1,
@@ -74,6 +83,9 @@ class PrivateStep:
         self.rank = rank
         self.world_size = world_size
         self.clipping = clipping
+        self.views = views
+        self.keep_release = keep_release
+        self.released: dict[str, Tensor] = {}
         self._charge = charge
         self._sums: list[Tensor] | None = None
         self._count: Tensor | None = None
@@ -83,7 +95,7 @@ class PrivateStep:
         self._module = module
         self._batch_norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
         self._optimizer = optimizer
-        self._per_record = PerRecordGradients(module, loss_reduction=loss_reduction)
+        self._per_record = PerRecordGradients(module, views=views, loss_reduction=loss_reduction)
         for p in module.parameters():
             if not p.requires_grad:
                 p.grad = None  # of an earlier, public training
@@ -118,7 +130,7 @@ class PrivateStep:
         self._refuse_moved_weights("between a step and the next batch")
 
     def expect(self, rows: int, records: int) -> None:
-        """Announce the next chunk: `rows` rows, of which the first `records` count."""
+        """Announce a chunk of `rows` rows, views included; its first `records` records count."""
         self._expected = (rows, records)
         self._per_record.expect(rows)
 
@@ -143,9 +155,9 @@ class PrivateStep:
         rows, records = self._expected
         self._expected = None
         gradients = self._per_record.read(rows)
-        weights = None
-        if records < rows:
-            weights = (torch.arange(rows, device=gradients[0].device) < records).float()
+        held, weights = rows // self.views, None
+        if records < held:
+            weights = (torch.arange(held, device=gradients[0].device) < records).float()
         self._refuse_moving_statistics()
         sums, count = self.clipping.clip(gradients, self.max_grad_norm, weights)
         if self._sums is None:
@@ -192,8 +204,12 @@ class PrivateStep:
             error = caught
         if self.world_size > 1:
             sums = _sum_over_processes(sums, error)
-        for parameter, total in zip(self.parameters, sums, strict=False):
+        for (name, parameter), total in zip(
+            self._per_record.parameters.items(), sums, strict=False
+        ):
             parameter.grad = (total / self.expected_batch_size).to(parameter.dtype)
+            if self.keep_release:
+                self.released[name] = parameter.grad
         if isinstance(self.clipping, AdaptiveClipping):
             self.max_grad_norm = self.clipping.update(
                 self.max_grad_norm, float(sums[-1]), self.expected_batch_size
@@ -223,6 +239,7 @@ class PrivateStep:
         for hook in self._hooks:
             hook.remove()
         self._sums = self._count = None
+        self.released = {}
         self._per_record.remove()
 
     def _refuse_unreleased(

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from defend.attacks.pgd import PGD
 from defend.batching.fields import get_field, with_field
 from defend.errors import InputError
 from defend.objectives import AWP
-from defend.objectives.awp import PerturbedWeights, weight_perturbation
+from defend.objectives.awp import PerturbedWeights, perturbation_along, weight_perturbation
 from defend.training.adversarial_settings import AdversarialSettings, radius_of
 from defend.training.foreign import run_foreign
 
@@ -53,6 +54,8 @@ class AdversarialSteps:
         penalty = steps.penalty(module, made)         # TRADES, MART: the other batch
         (loss + penalty).backward()                   # without the penalty where it is None
         steps.after_backward()                        # weights back, before the optimizer's step
+
+    `run` is all from `step` to `penalty`.
 
     The last two kinds of forward run in the module's own mode: BatchNorm sees the batch of the
     user's forward first, then the other one, and each has a dropout mask of its own.
@@ -99,6 +102,7 @@ class AdversarialSteps:
         epochs: float,
         chunk_size: int | str | None = "auto",
         private: bool = False,
+        views: int = 1,
     ) -> AttackedBatch:
         """Attack a batch; the batch itself is untouched.
 
@@ -110,6 +114,8 @@ class AdversarialSteps:
             chunk_size: most rows attacked at once, where the settings leave it open.
             private: whether a record may stay clean or not whatever the others do, as DP-SGD
                 needs; otherwise the same number of records stays clean in every batch.
+            views: rows of a record, next to each other. Where the run is private, of every
+                record's as many stay clean as `clean_fraction` says, up to one that tosses a coin.
 
         Raises:
             InputError: if the batch has no such fields, or what the attack refuses.
@@ -123,13 +129,25 @@ class AdversarialSteps:
         else:
             if settings.chunk_size != "auto":
                 chunk_size = settings.chunk_size
-            rows = self._rows_to_attack(x, generator, private)
+            rows = self._rows_to_attack(x, generator, private, views)
             x_adv = self._run(module, x[rows], y[rows], share, generator, chunk_size)
             if not isinstance(rows, slice):
                 x_adv = x.detach().clone().index_copy_(0, rows, x_adv)
-        sees_clean = settings.objective.trains_on == "clean"
-        seen = batch if sees_clean else with_field(batch, settings.input_key, x_adv)
-        return AttackedBatch(seen, x, x_adv, y)
+        return AttackedBatch(self._seen(batch, x_adv), x, x_adv, y)
+
+    def unattacked(self, batch: Any) -> AttackedBatch:
+        """A batch for trying out the step without the attack: the other inputs are half as large.
+
+        Not the same, or an objective that compares the two would have nothing to compare.
+        """
+        x, y = self.inputs_of(batch)
+        x_adv = x * 0.5
+        return AttackedBatch(self._seen(batch, x_adv), x, x_adv, y)
+
+    def _seen(self, batch: Any, x_adv: Tensor) -> Any:
+        if self.settings.objective.trains_on == "clean":
+            return batch
+        return with_field(batch, self.settings.input_key, x_adv)
 
     def eps_share(self, epochs: float) -> float:
         """The part of eps that is attacked with after so many epochs: linear up to 1."""
@@ -137,14 +155,15 @@ class AdversarialSteps:
         return min(1.0, epochs / warmup) if warmup else 1.0
 
     def _rows_to_attack(
-        self, x: Tensor, generator: torch.Generator, private: bool
+        self, x: Tensor, generator: torch.Generator, private: bool, views: int
     ) -> Tensor | slice:
         fraction = self.settings.clean_fraction
         if not fraction:
             return slice(None)
         draws = torch.rand(len(x), generator=generator, device=generator.device).to(x.device)
-        if private:  # a coin for each record
-            return (draws >= fraction).nonzero().squeeze(1)
+        if private:  # of each record alone: its first views are clean, the next tosses a coin
+            view = torch.arange(len(x), device=x.device) % views
+            return (draws >= fraction * views - view).nonzero().squeeze(1)
         return draws.argsort()[round(fraction * len(x)) :]  # always as many: one shape on a GPU
 
     def _run(
@@ -173,7 +192,12 @@ class AdversarialSteps:
 
     @contextlib.contextmanager
     def step(
-        self, module: nn.Module, made: AttackedBatch, *, precision: Context = contextlib.nullcontext
+        self,
+        module: nn.Module,
+        made: AttackedBatch,
+        *,
+        precision: Context = contextlib.nullcontext,
+        released: Mapping[str, Tensor] | None = None,
     ) -> Iterator[None]:
         """Around the user's training step: keep its logits, move the weights (AWP).
 
@@ -184,16 +208,21 @@ class AdversarialSteps:
             module: not wrapped.
             made: the attacked batch.
             precision: makes the context, of autocast for example, that AWP's own forward runs in.
+            released: where the run is private, the last released gradient, which AWP then follows
+                in place of the batch's own.
         """
         self.restore_weights()
         objective = self.settings.objective
         try:
             if isinstance(objective, AWP):
-                with precision():
-                    moved = weight_perturbation(
-                        module, objective, made.x, made.x_adv, made.y, objective.gamma,
-                        logits=logits_of,
-                    )  # fmt: skip
+                if released is not None:
+                    moved = perturbation_along(module, released, objective.gamma)
+                else:
+                    with precision():
+                        moved = weight_perturbation(
+                            module, objective, made.x, made.x_adv, made.y, objective.gamma,
+                            logits=logits_of,
+                        )  # fmt: skip
                 self._weights = PerturbedWeights(module, moved)
                 self._weights.apply()
             with self._kept_logits(module, made) if objective.pairs else contextlib.nullcontext():
@@ -201,6 +230,39 @@ class AdversarialSteps:
         except BaseException:
             self.restore_weights()
             raise
+
+    def run(
+        self,
+        module: nn.Module,
+        made: AttackedBatch,
+        step: Callable[[Any], Any],
+        *,
+        add: Callable[[Any, Tensor], Any] = operator.add,
+        precision: Context = contextlib.nullcontext,
+        released: Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        """The user's training step within `step`, and what it returned with `penalty` added.
+
+        Args:
+            module: not wrapped.
+            made: the attacked batch.
+            step: batch → the mean loss over its rows, or what holds it; None skips the batch.
+            add: (what `step` returned, penalty) → what is returned.
+            precision: as in `step`.
+            released: as in `step`.
+        """
+        try:
+            with self.step(module, made, precision=precision, released=released):
+                output = step(made.batch)
+            if output is None:
+                self.restore_weights()
+                return None
+            with precision():
+                penalty = self.penalty(module, made)
+        except BaseException:
+            self.restore_weights()
+            raise
+        return output if penalty is None else add(output, penalty)
 
     @contextlib.contextmanager
     def _kept_logits(self, module: nn.Module, made: AttackedBatch) -> Iterator[None]:

@@ -101,21 +101,21 @@ class AdversarialLoop:
         host, steps = self._host, self._steps
         made = self._made(batch, None)
         try:
-            with steps.step(host.bare, made, precision=host.autocast):
-                loss = host.mean_loss(self._loss, host.model, made.batch)
-            with host.autocast():
-                penalty = steps.penalty(host.bare, made)
-            loss = loss if penalty is None else loss + penalty
+            loss = steps.run(host.bare, made, self._mean_loss, precision=host.autocast)
             host.backward(loss if weight == 1 else loss * weight)
             steps.after_backward()
         finally:
             steps.restore_weights()
         return loss.detach()
 
+    def _mean_loss(self, batch: Any) -> Tensor:
+        return self._host.mean_loss(self._loss, self._host.model, batch)
+
     def attacked(self, batch: Any, generator: torch.Generator | None = None) -> Any:
         """The batch with adversarial inputs, for a loop that does all the rest itself.
 
-        Beside `make_private`, attack the whole batch before the step, from secret random numbers:
+        Beside `make_private` its own `adversarial=` does it all. By hand, attack the whole batch
+        before the step, from secret random numbers:
 
             for batch in private.loader:
                 private.step(loop.attacked(batch, private.attack_generator()))

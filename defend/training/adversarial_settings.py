@@ -10,7 +10,7 @@ from defend.attacks.attack import Attack
 from defend.attacks.free import Free
 from defend.attacks.pgd import PGD
 from defend.batching.chunks import check_chunk_size
-from defend.errors import InputError
+from defend.errors import InputError, PrivacyError
 from defend.objectives import AWP, Madry, Objective
 from defend.threat.inputs import InputSpace
 
@@ -89,9 +89,33 @@ class AdversarialSettings:
             )
 
     @property
+    def moves_weights(self) -> bool:
+        """Whether the gradient is taken at other weights than those that step."""
+        return isinstance(self.objective, AWP)
+
+    @property
     def changes_loss(self) -> bool:
         """Whether more happens than that inputs are replaced."""
-        return self.objective.pairs or isinstance(self.objective, AWP)
+        return self.objective.pairs or self.moves_weights
+
+    def refuse_beside_privacy(self) -> None:
+        """What one record moves must stay within its one clip.
+
+        Raises:
+            PrivacyError: for an attack that would let it move more.
+        """
+        if isinstance(self.attack, Free):
+            raise PrivacyError(
+                "Expected an attack on each batch anew beside DP-SGD, got Free: its perturbation "
+                "is carried on from batch to batch, and takes up the gradients of records without "
+                "noise. Take PGD, or fgsm_rs at the cost of Free."
+            )
+        if getattr(self.attack, "couples_records", False) and self.chunk_size != 1:
+            raise PrivacyError(
+                "Expected an attack on each record alone beside DP-SGD, got "
+                f"{type(self.attack).__name__}, in which records of a chunk move each other. Take "
+                "PGD, or chunk_size=1."
+            )
 
     def training_attack(self) -> Attack | Free:
         """The attack, increasing what the objective says; a loss other than "ce" is left alone."""

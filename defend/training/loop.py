@@ -1,7 +1,8 @@
 """DP-SGD in a loop of your own: plain PyTorch, torchrun or Fabric."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,8 @@ from defend.errors import InputError, PrivacyError
 from defend.privacy.clipping import Clipping, FlatClipping
 from defend.privacy.preconditions import Setup, check
 from defend.privacy.schedules import Schedule
+from defend.training.adversarial import AdversarialSettings, AttackedBatch
+from defend.training.beside import PrivateAdversary
 from defend.training.host import Host, Loss
 from defend.training.private import PrivateTraining
 from defend.training.readings import Readings
@@ -41,10 +44,12 @@ class PrivateLoop(Readings):
         loss: Loss,
         epochs: int,
         settings: PrivacySettings,
+        adversarial: AdversarialSettings | None,
         fabric: Any,
         state: Mapping[str, Any] | None,
     ) -> None:
         self._loss = loss
+        self._adversary = None if adversarial is None else PrivateAdversary(adversarial)
         self._host = host = Host(model, fabric)
         self._optimizer: Optimizer = optimizer
         inner = getattr(optimizer, "optimizer", optimizer)  # Fabric wraps it
@@ -59,11 +64,21 @@ class PrivateLoop(Readings):
             self.loader = self._private.replace_loader(loader)
             self.steps_per_epoch = self._share_epoch(loader, host.processes.world_size)
             self._private.try_out(
-                host.bare, self._mean_loss, transfer=host.to_device, half=self._half
+                host.bare,
+                self._whole_loss,
+                transfer=self._to_device,
+                attack=None if adversarial is None else self._attacked,
+                backward=self._undone_after(Tensor.backward),
+                half=self._half,
             )
             self._planned = epochs * self.steps_per_epoch
             self._private.open(
-                host.bare, inner, planned=self._planned, done=self._taken, ddp=host.ddp
+                host.bare,
+                inner,
+                planned=self._planned,
+                done=self._taken,
+                ddp=host.ddp,
+                keep_release=adversarial is not None and adversarial.moves_weights,
             )
         except BaseException:
             self.close()
@@ -102,12 +117,15 @@ class PrivateLoop(Readings):
         losses: list[Tensor] = []
 
         def compute(chunk: Any, rows: int) -> None:
-            loss = self._mean_loss(self._host.model, chunk)
-            self._host.backward(loss * rows)
+            loss = self._whole_loss(self._host.model, chunk)
+            self._undone_after(self._host.backward)(loss * rows)
             losses[:] = [loss.detach()]
 
         self._optimizer.zero_grad()
-        self._private.run(self._host.to_device(batch), compute)
+        batch = self._to_device(batch)
+        if self._adversary is not None:
+            batch = self._attacked(self._host.bare, batch)
+        self._private.run(batch, compute)
         self._private.release()
         self._optimizer.step()
         self._taken += 1
@@ -163,6 +181,36 @@ class PrivateLoop(Readings):
     def _mean_loss(self, model: nn.Module, batch: Any) -> Tensor:
         return self._host.mean_loss(self._loss, model, batch)
 
+    # --- with an adversary ------------------------------------------------------------------------
+
+    def _to_device(self, batch: Any) -> Any:
+        batch = self._host.to_device(batch)
+        return batch if self._adversary is None else self._adversary.as_taken(self._host, batch)
+
+    def _attacked(self, module: nn.Module, batch: Any) -> AttackedBatch:
+        assert self._adversary is not None
+        return self._adversary.attacked(
+            module,
+            batch,
+            host=self._host,
+            private=self._private,
+            steps_taken=self._taken,
+        )
+
+    def _whole_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        if self._adversary is None:
+            return self._mean_loss(model, batch)
+        return self._adversary.loss(
+            model, batch, self._mean_loss, host=self._host, private=self._private
+        )
+
+    def _undone_after(self, backward: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
+        def run(loss: Tensor) -> None:
+            with nullcontext() if self._adversary is None else self._adversary.backward():
+                backward(loss)
+
+        return run
+
 
 def make_private(
     model: nn.Module,
@@ -178,12 +226,14 @@ def make_private(
     accountant: str = "prv",
     chunk_size: int | str | None = "auto",
     clipping: Clipping = FlatClipping(),
+    views: int = 1,
     noise_schedule: Schedule | None = None,
     clip_schedule: Schedule | None = None,
     ledger: str | Path | bool | None = None,
     selftest: bool = True,
     secure_noise: bool = False,
     insecure_seed: int | None = None,
+    adversarial: AdversarialSettings | None = None,
     fabric: Any = None,
     state: Mapping[str, Any] | None = None,
 ) -> PrivateLoop:
@@ -197,8 +247,12 @@ def make_private(
 
     Where training may end within an epoch (σ and a target together, or a resume), stop as soon as
     `private.exhausted`. The model, its optimizer and its schedulers stay your own. To train
-    adversarially, attack the whole batch before the step, with `private.attack_generator()` for
-    its random starts.
+    adversarially at the same ε:
+
+        make_private(..., adversarial=AdversarialSettings(PGD(Linf(0.1)), objective=TRADES(6.0)))
+
+    or attack the whole batch yourself before the step, with `private.attack_generator()` for its
+    random starts.
 
     Under torchrun wrap the model in DistributedDataParallel first, and give each process the whole
     data set: all share one Poisson mask over it, and `batch_size` times the number of processes is
@@ -212,10 +266,12 @@ def make_private(
             process.
         loss: (model, batch) → the mean loss over the rows of the batch.
         epochs: over the whole training, those before a resume included.
+        adversarial: what to train against, or None; its `warmup_epochs` counts batches here. AWP
+            follows the last released gradient; Free is refused.
         fabric: the Fabric that set model and optimizer up, or None.
         state: `state_dict()` of the run to go on from, or None.
         delta, max_grad_norm, target_epsilon, noise_multiplier, accountant, chunk_size, clipping,
-        noise_schedule, clip_schedule, ledger, selftest, secure_noise, insecure_seed: as in
+        views, noise_schedule, clip_schedule, ledger, selftest, secure_noise, insecure_seed: as in
             `DifferentialPrivacy`; the default place of the ledger is `privacy_ledgers/`.
 
     Raises:
@@ -230,6 +286,7 @@ def make_private(
         accountant=accountant,
         chunk_size=chunk_size,
         clipping=clipping,
+        views=views,
         noise_schedule=noise_schedule,
         clip_schedule=clip_schedule,
         ledger=ledger,
@@ -251,6 +308,7 @@ def make_private(
         loss=loss,
         epochs=epochs,
         settings=settings,
+        adversarial=adversarial,
         fabric=fabric,
         state=state,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -22,7 +22,7 @@ from defend.privacy.preconditions import Setup, check
 from defend.privacy.randomness import Randomness, make_global_rng_secret
 from defend.privacy.sampling import Drawn, PoissonBatchSampler, poisson_loader
 from defend.privacy.schedules import factor
-from defend.privacy.selftest import Attack, Loss, SelfTest
+from defend.privacy.selftest import Attack, Backward, Loss, SelfTest
 from defend.privacy.step import PrivateStep
 from defend.training.account import Account
 from defend.training.lineage import claim
@@ -116,6 +116,7 @@ class PrivateTraining:
             randomness,
             first_step=self._next_step,
             chunk_size=self.chunk_size,
+            views=self.settings.views,
             fixed=torch.cuda.is_available() and torch.backends.cudnn.benchmark,
             rank=processes.rank,
             world_size=processes.world_size,
@@ -130,6 +131,7 @@ class PrivateTraining:
         planned: float,
         done: int,
         ddp: Any = None,
+        keep_release: bool = False,
     ) -> None:
         """Fix σ, open the ledger, and install the hooks.
 
@@ -139,6 +141,7 @@ class PrivateTraining:
             planned: steps of the whole training, those done included; inf for no end.
             done: steps of that plan taken before, by a run that is resumed.
             ddp: the DistributedDataParallel around the model, if there is one.
+            keep_release: whether `released` is asked for.
         """
         sampler = self._known(self.sampler)
         expected = sampler.sample_rate * sampler.size
@@ -162,6 +165,8 @@ class PrivateTraining:
                 randomness=self._known(self._randomness),
                 charge=self.account.charge,
                 clipping=self.settings.clipping,
+                views=self.settings.views,
+                keep_release=keep_release,
                 loss_reduction="sum",
                 rank=self.processes.rank,
                 world_size=self.processes.world_size,
@@ -213,6 +218,7 @@ class PrivateTraining:
         *,
         transfer: Callable[[Any], Any] = lambda batch: batch,
         attack: Attack | None = None,
+        backward: Backward = Tensor.backward,
         half: bool = False,
         share: Sequence[Any] = (),
         on_look: Callable[[int], None] = lambda turn: None,  # noqa: ARG005
@@ -228,13 +234,16 @@ class PrivateTraining:
             loss,
             transfer=transfer,
             attack=attack,
+            backward=backward,
             max_grad_norm=self.max_grad_norm,
+            views=self.settings.views,
             half=half,
             share=share,
             on_look=on_look,
         )
         sampler = self._known(self.sampler)
-        ordinary = math.ceil(sampler.sample_rate * sampler.size / sampler.world_size)
+        views = self.settings.views
+        ordinary = math.ceil(sampler.sample_rate * sampler.size / sampler.world_size) * views
         if next(module.parameters()).device.type == "cuda" and self.settings.chunk_size == "auto":
             rows = rows_that_fit(tryout.peak_bytes, tryout.free_bytes(), most=2 * ordinary)
             sampler.chunk_size = self.chunk_size = self.processes.broadcast(rows)
@@ -280,12 +289,12 @@ class PrivateTraining:
                 "to the training loop."
             )
         drawn = sampler.drawn.popleft()
-        rows = count_rows(batch)
-        if rows is None or rows != drawn.rows:
+        views, rows = self.settings.views, count_rows(batch)
+        if rows is None or rows != drawn.slots * views:
             raise PrivacyError(
-                f"Expected {drawn.rows} rows, one for each sampled record, got {rows}. The "
-                "collate function or a batch hook drops, adds or merges records; let it keep one "
-                "row a record."
+                f"Expected {drawn.slots * views} rows, {'one' if views == 1 else views} for each "
+                f"sampled record, got {rows}. The collate function or a batch hook drops, adds or "
+                "merges records; let it keep one row for each item of the data set."
             )
         self._look_again()
         step.noise_multiplier = self.budget.next_noise
@@ -295,38 +304,41 @@ class PrivateTraining:
         step.max_grad_norm = self.max_grad_norm
         step.begin()
         start = 0
-        while start < rows:
+        while start < drawn.slots:
             stop = self._next_stop(start, drawn)
             if self._run_rows(batch, start, stop, drawn, compute):
                 start = stop
 
     def _next_stop(self, start: int, drawn: Drawn) -> int:
-        """The end of the chunk that starts at `start`: the rest in even parts that fit."""
-        size = math.ceil(drawn.rows / drawn.chunks)
-        if self.chunk_size is not None:  # it may have shrunk since the batch was drawn
-            size = min(size, self.chunk_size)
-        left = drawn.rows - start
+        """The end of the chunk that starts at a record: the rest in even parts that fit."""
+        size = math.ceil(drawn.slots / drawn.chunks)
+        most = self._known(self.sampler).records_in_a_chunk
+        if most is not None:  # it may have shrunk since the batch was drawn
+            size = min(size, most)
+        left = drawn.slots - start
         return start + even_bounds(left, math.ceil(left / size))[0][1]
 
     def _run_rows(
         self, batch: Any, start: int, stop: int, drawn: Drawn, compute: Callable[[Any, int], None]
     ) -> bool:
-        """Rows start…stop; False if they did not fit, with nothing counted and smaller chunks."""
-        step = self._known(self._step)
-        rows = stop - start
-        chunk = batch if rows == drawn.rows else slice_rows(batch, start, stop, drawn.rows)
-        step.expect(rows, min(max(drawn.records - start, 0), rows))
+        """Records start…stop; False if they did not fit: nothing counted, and smaller chunks."""
+        step, views = self._known(self._step), self.settings.views
+        held, rows = stop - start, (stop - start) * views
+        chunk = batch
+        if held < drawn.slots:
+            chunk = slice_rows(batch, start * views, stop * views, drawn.slots * views)
+        step.expect(rows, min(max(drawn.records - start, 0), held))
         try:
             compute(chunk, rows)
             self.fold()
             return True
         except torch.OutOfMemoryError as error:
-            if rows == 1 or self.processes.world_size > 1:
+            if held == 1 or self.processes.world_size > 1:
                 raise
             step.discard()
             message = str(error).splitlines()[0] if str(error) else "out of memory"
         # Outside the handler: the traceback would keep the tensors that did not fit.
-        self.chunk_size = self._known(self.sampler).chunk_size = math.ceil(rows / 2)
+        self.chunk_size = self._known(self.sampler).chunk_size = math.ceil(held / 2) * views
         warnings.warn(
             f"{rows} rows did not fit ({message}); going on with {self.chunk_size} at a time. "
             "What the chunk logged before it failed is in the log twice.",
@@ -346,6 +358,11 @@ class PrivateTraining:
         step = self._known(self._step)
         step.release()
         self.max_grad_norm = step.max_grad_norm
+
+    @property
+    def released(self) -> Mapping[str, Tensor]:
+        """The last released gradient, by parameter name; empty before the first, or unasked."""
+        return self._known(self._step).released
 
     def attack_generator(self, device: torch.device) -> torch.Generator:
         """Secret numbers for the random starts of this rank's records in the current step."""
@@ -381,6 +398,7 @@ class PrivateTraining:
             "noise_multiplier": self.budget.noise_multiplier,
             "max_grad_norm": settings.max_grad_norm,
             "clipping": repr(settings.clipping),
+            "views": settings.views,
             "sample_rate": self.budget.sample_rate,
             "records": sampler.size if sampler else None,
             "accountant": settings.accountant,

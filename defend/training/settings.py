@@ -29,6 +29,7 @@ class PrivacySettings:
     accountant: str = "prv"
     chunk_size: int | str | None = "auto"
     clipping: Clipping = FlatClipping()
+    views: int = 1
     noise_schedule: Schedule | None = None
     clip_schedule: Schedule | None = None
     ledger: str | Path | bool | None = None
@@ -44,6 +45,11 @@ class PrivacySettings:
             )
         check_chunk_size(self.chunk_size)
         check_clipping(self.clipping)
+        if not isinstance(self.views, int) or isinstance(self.views, bool) or self.views < 1:
+            raise InputError(
+                f"Expected `views` to be an integer ≥ 1, got {self.views!r}. It is the number of "
+                "rows of each record whose gradients are averaged before the clip."
+            )
         for name in ("noise_schedule", "clip_schedule"):
             schedule = getattr(self, name)
             if schedule is not None and not callable(schedule):

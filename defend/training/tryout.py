@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from defend.batching.memory import free_bytes
 from defend.privacy.probe_records import probe_positions
-from defend.privacy.selftest import RECORDS, Attack, Loss, SelfTest, selftest
+from defend.privacy.selftest import RECORDS, Attack, Backward, Loss, SelfTest, selftest
 from defend.privacy.still import seeded
 from defend.training.measure import peak_bytes
 
@@ -23,7 +23,9 @@ class TryOut:
         loss: (module, batch) → mean loss over the rows, as training computes it.
         transfer: collated batch → batch on the device, as training sees it.
         attack: (module, batch) → adversarial batch, or None.
+        backward: takes a loss through its backward, and undoes what the loss did to the weights.
         max_grad_norm: C.
+        views: rows of a record.
         half: whether the step computes in half precision.
         share: objects that the module may refer to and that are not to be copied with it.
         on_look: called with 0, 1, 2, … before each look.
@@ -37,13 +39,16 @@ class TryOut:
         *,
         transfer: Callable[[Any], Any],
         attack: Attack | None,
+        backward: Backward,
         max_grad_norm: float,
+        views: int,
         half: bool,
         share: Sequence[Any] = (),
         on_look: Callable[[int], None] = lambda turn: None,  # noqa: ARG005
     ) -> None:
         self.module, self.loader, self.loss = module, loader, loss
-        self.transfer, self.attack = transfer, attack
+        self.transfer, self.attack, self.backward = transfer, attack, backward
+        self.views = views
         self.max_grad_norm, self.half, self.share = max_grad_norm, half, share
         self.on_look = on_look
         self._looks = 0
@@ -68,6 +73,8 @@ class TryOut:
             loss=self.loss,
             collate=self._collate,
             attack=self.attack,
+            backward=self.backward,
+            views=self.views,
             max_grad_norm=self.max_grad_norm,
             half=self.half,
             rows=rows,
@@ -77,20 +84,32 @@ class TryOut:
 
     def peak_bytes(self, rows: int) -> int:
         """Most bytes that a private step on `rows` rows allocates; on a GPU only."""
-        records = list(itertools.islice(itertools.cycle(self._records(0)), rows))
-        return peak_bytes(self.module, self.loss, self._collate(records), rows, self.share)
+        count = -(-rows // self.views)
+        records = list(itertools.islice(itertools.cycle(self._records(0)), count))
+        return peak_bytes(
+            self.module,
+            self.loss,
+            self._collate(records),
+            rows=count * self.views,
+            views=self.views,
+            backward=self.backward,
+            share=self.share,
+        )
 
     def free_bytes(self) -> int:
         """Bytes that are left; on a GPU only."""
         return free_bytes(next(self.module.parameters()).device)
 
-    def _records(self, turn: int) -> list[Any]:
+    def _records(self, turn: int) -> list[list[Any]]:
+        """Records, each as the items that the loader gives for it, one a view."""
         dataset = self.loader.dataset
         with seeded(turn, ()):
-            return [dataset[i] for i in probe_positions(dataset, RECORDS, turn)]
+            positions = probe_positions(dataset, RECORDS, turn)
+            return [[dataset[i] for _ in range(self.views)] for i in positions]
 
-    def _collate(self, records: list[Any]) -> Any:
-        return self.transfer(self.loader.collate_fn(records))
+    def _collate(self, records: list[list[Any]]) -> Any:
+        items = [item for record in records for item in record]
+        return self.transfer(self.loader.collate_fn(items))
 
 
 def is_due(step: int, epoch: int, *, first_of_epoch: bool) -> bool:

@@ -62,9 +62,9 @@ def test_ranks_share_one_mask_and_run_the_same_number_of_chunks(world, chunk_siz
         assert sorted(i for part in real for i in part) == sampler().sample(step)
         assert len({d.chunks for d in drawn}) == 1
         for b, d in zip(batches, drawn, strict=True):
-            assert len(b[step]) == d.rows >= d.chunks
+            assert len(b[step]) == d.slots >= d.chunks
             if chunk_size:
-                assert -(-d.rows // d.chunks) <= chunk_size
+                assert -(-d.slots // d.chunks) <= chunk_size
 
 
 def test_an_empty_batch_is_padded_and_counts_no_record():
@@ -72,7 +72,7 @@ def test_an_empty_batch_is_padded_and_counts_no_record():
     batches = list(empty)
     drawn = list(empty.drawn)
     assert any(d.records == 0 for d in drawn)
-    assert all(len(b) == d.rows == max(d.records, 1) for b, d in zip(batches, drawn, strict=True))
+    assert all(len(b) == d.slots == max(d.records, 1) for b, d in zip(batches, drawn, strict=True))
 
 
 def test_an_epoch_starts_where_the_step_count_says():
@@ -100,7 +100,7 @@ def test_the_loader_keeps_the_users_settings_and_the_order(workers):
     assert loader.num_workers == workers
     for batch in loader:
         drawn = mine.drawn.popleft()
-        assert len(batch) == drawn.rows
+        assert len(batch) == drawn.slots
     assert not mine.drawn
 
 

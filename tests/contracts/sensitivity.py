@@ -1,0 +1,243 @@
+"""How far one record moves the clipped sum, for every objective × views × chunk × processes.
+
+    python -m tests.contracts.sensitivity             prints the table
+    python -m tests.contracts.sensitivity FILE        under torchrun: writes what rank 0 measured
+
+Moves are in units of C. A record is left out, which may move the sum by C, or another one takes its
+place, which is a removal and an addition: half of that move is what has to stay within C. Noise is
+off, every record is in the batch, and random numbers of a record are its own, wherever it stands:
+the coupling that the guarantee rests on (`defend.privacy`, "Randomness").
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from defend import PGD, Linf, make_private
+from defend.objectives import AWP, MART, TRADES
+from defend.training import AdversarialSettings
+from defend.training.adversarial import AdversarialSteps
+from defend.training.private import PrivateTraining
+from tests.contracts.small import flat, same_weights
+
+C = 0.5
+BOUND = 1 + 1e-4
+COUNT = 5  # records; one more takes another's place
+ROOT = Path(__file__).parents[2]
+
+Record = tuple[int, Tensor, Tensor]
+
+
+class Own(Linf):
+    """Random starts that belong to the record: seeded by the row itself."""
+
+    def random_start(self, like, generator, *, eps=None, free=None):
+        eps = self.eps if eps is None else float(eps)
+        rows = [torch.empty_like(row).uniform_(-eps, eps, generator=own(row)) for row in like]
+        return torch.stack(rows) if rows else torch.zeros_like(like)
+
+
+def own(row: Tensor, extra: int = 0) -> torch.Generator:
+    """A generator that is the same wherever a row stands."""
+    bits = row.detach().float().contiguous().view(torch.int32).sum()
+    return torch.Generator().manual_seed((int(bits) + extra) % 2**31)
+
+
+ATTACK = PGD(Own(0.3), steps=2, step_size=0.2)
+OBJECTIVES: dict[str, AdversarialSettings | None] = {
+    "augmented only": None,
+    "Madry": AdversarialSettings(ATTACK),
+    "half clean": AdversarialSettings(ATTACK, clean_fraction=0.5),
+    "TRADES": AdversarialSettings(ATTACK, objective=TRADES(6.0)),
+    "MART": AdversarialSettings(ATTACK, objective=MART(5.0)),
+    "AWP of Madry": AdversarialSettings(ATTACK, objective=AWP(gamma=5.0)),
+    "AWP of TRADES": AdversarialSettings(ATTACK, objective=AWP(TRADES(6.0), gamma=5.0)),
+}
+VIEWS = (1, 2, 3)
+CHUNKS = (None, 4, 1)
+RANKS = (1, 2, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Combination:
+    objective: str
+    views: int
+    chunk: int | None
+
+
+COMBINATIONS = [Combination(*c) for c in itertools.product(OBJECTIVES, VIEWS, CHUNKS)]
+
+
+def net() -> nn.Sequential:
+    with same_weights():
+        module = nn.Sequential(
+            nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3)
+        )
+        with torch.no_grad():
+            module[-1].weight *= 4  # sure of itself: gradients of records differ in size
+    return module
+
+
+def records() -> list[Record]:
+    """`COUNT` records and one more, each with a number of its own."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(COUNT + 1, 1, 6, 6, generator=generator)
+    return [(i, x[i], torch.tensor((i * 2) % 3)) for i in range(COUNT + 1)]
+
+
+def augmented(batch: Sequence[Record]) -> tuple[Tensor, Tensor]:
+    """Collates; each view of a record is another image, the same ones in each batch."""
+    seen: dict[int, int] = {}
+    rows = []
+    for number, x, _ in batch:
+        view = seen[number] = seen.get(number, -1) + 1
+        noise = torch.rand(x.shape, generator=own(x, 7919 * (view + 1)))
+        rows.append((x + 0.3 * (noise - 0.5)).clamp(0, 1))
+    return torch.stack(rows), torch.stack([y for _, _, y in batch])
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    return F.cross_entropy(model(x), y)
+
+
+draw_rows = AdversarialSteps._rows_to_attack
+
+
+def own_coins(steps, x, generator, private, views):
+    """Each row's coin is its own too."""
+    coins = torch.stack([torch.rand((), generator=own(row, 1)) for row in x])
+    with mock.patch("torch.rand", return_value=coins):
+        return draw_rows(steps, x, generator, private, views)
+
+
+@contextmanager
+def coupled(released: dict[str, Tensor]) -> Iterator[None]:
+    """Random numbers of a record are its own, and earlier releases are the same."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(AdversarialSteps, "_rows_to_attack", own_coins))
+        stack.enter_context(mock.patch.object(PrivateTraining, "released", released))
+        yield
+
+
+def released() -> dict[str, Tensor]:
+    """Stands for the last release."""
+    generator = torch.Generator().manual_seed(2)
+    return {n: torch.randn(p.shape, generator=generator) for n, p in net().named_parameters()}
+
+
+def clipped_sum(batch: Sequence[Record], combination: Combination) -> Tensor:
+    """Σᵢ clip(gᵢ) over all of `batch`, as a training releases it when its noise is off."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    module = net()
+    with coupled(released()), make_private(
+        DistributedDataParallel(module) if world > 1 else module,
+        torch.optim.SGD(module.parameters(), lr=0.0),
+        DataLoader(list(batch), batch_size=1, collate_fn=augmented),
+        loss=loss,
+        epochs=1,
+        delta=1e-3,
+        max_grad_norm=C,
+        noise_multiplier=0.0,
+        insecure_seed=0,
+        chunk_size=combination.chunk,
+        views=combination.views,
+        adversarial=OBJECTIVES[combination.objective],
+        ledger=False,
+        selftest=False,
+    ) as private:  # fmt: skip
+        private._private.sampler.sample = lambda step: list(range(len(batch)))
+        private.step(next(iter(private.loader)))
+        return flat([p.grad for p in module.parameters()]).double() * world
+
+
+def largest_move(total, everybody: Sequence[Record]) -> float:
+    """The most that `total`, a function of records, moves for one of them, in units of C."""
+    *present, spare = everybody
+    whole, moves = total(present), []
+    for i in range(len(present)):
+        without = total(present[:i] + present[i + 1 :])
+        moves.append(float((whole - without).norm()) / C)
+        instead = total([*present[:i], spare, *present[i + 1 :]])
+        moves.append(float((whole - instead).norm()) / C / 2)
+    return max(moves)
+
+
+def measure(combination: Combination) -> float:
+    return largest_move(functools.partial(clipped_sum, combination=combination), records())
+
+
+@functools.cache
+def table(ranks: int) -> dict[Combination, float]:
+    """What each combination moves by, under so many processes."""
+    if ranks == 1:
+        return {c: measure(c) for c in COMBINATIONS}
+    with tempfile.TemporaryDirectory(prefix="defend-sensitivity-") as folder:
+        file = Path(folder, "moves.json")
+        command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        done = subprocess.run(
+            [sys.executable, "-m", *command, "-m", "tests.contracts.sensitivity", str(file)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return dict(zip(COMBINATIONS, json.loads(file.read_text()), strict=True))
+
+
+def markdown() -> str:
+    """The worst of all chunk sizes and process counts, for each objective and number of views."""
+    lines = [
+        "| one record moves the clipped sum by at most | " + " | ".join(
+            f"{v} view{'s' * (v > 1)}" for v in VIEWS
+        ) + " |",
+        "|---|" + "---:|" * len(VIEWS),
+    ]  # fmt: skip
+    for objective in OBJECTIVES:
+        worst = [
+            max(m for r in RANKS for c, m in table(r).items()
+                if (c.objective, c.views) == (objective, views))
+            for views in VIEWS
+        ]  # fmt: skip
+        lines.append(f"| {objective} | " + " | ".join(f"{w:.4f} C" for w in worst) + " |")
+    return "\n".join(lines)
+
+
+def main(file: str | None = None) -> None:
+    torch.set_num_threads(1)
+    if file is None:
+        from tests.contracts.planted import PLANTED, move_of
+
+        print(markdown())
+        print("\n| planted | moves |\n|---|---:|")
+        for name in PLANTED:
+            print(f"| {name} | {move_of(name):.2f} C |")
+        return
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    moves = [measure(c) for c in COMBINATIONS]
+    if dist.get_rank() == 0:
+        Path(file).write_text(json.dumps(moves))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,119 @@
+"""`make_private(adversarial=…)`: attack, objective and one clip in a loop of your own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from defend import PGD, AdversarialTraining, InputError, Linf, PrivacyError, make_private
+from defend.attacks.free import Free
+from defend.attacks.torchattacks import TorchAttack
+from defend.training import AdversarialSettings
+from tests.callbacks.test_private_objectives import ATTACK, BATCH, OBJECTIVES, fit, name
+from tests.callbacks.test_together import private as callback
+from tests.helpers import Net, data, flat
+from tests.training.loops import assert_closed, mean_loss, net, private, sgd, some_steps
+
+
+def batches():
+    return DataLoader(data(256), batch_size=BATCH, shuffle=True)
+
+
+def settings(objective, **more):
+    return AdversarialSettings(ATTACK, objective=objective, **more)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=name)
+def test_ends_where_the_callbacks_end(objective, views):
+    shared = {"noise_multiplier": 0.7, "insecure_seed": 7, "views": views, "chunk_size": 20}
+    module = fit(
+        [AdversarialTraining(ATTACK, objective=objective), callback(**shared)],
+        batches=batches(),
+        max_steps=4,
+    )
+    torch.manual_seed(0)
+    model = net()
+    adversarial = settings(objective)
+    with private(model, batches=batches(), adversarial=adversarial, **shared) as loop:
+        assert loop.selftest.passed
+        some_steps(loop, 4)
+    assert_closed_but_gradients(model)
+    torch.testing.assert_close(flat(model), flat(module), rtol=0, atol=1e-5)
+
+
+def assert_closed_but_gradients(model):
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+
+
+def test_the_warm_up_counts_batches():
+    sizes = []
+
+    def looking(model, batch):
+        if model is real:
+            sizes.append(float((batch[0] - seen[-1]).abs().max()))
+        return mean_loss(model, batch)
+
+    real, seen = net(), []
+    adversarial = AdversarialSettings(PGD(Linf(0.2), steps=1, step_size=0.2), warmup_epochs=4)
+    with private(real, batches=batches(), loss=looking, adversarial=adversarial,
+                 chunk_size=None, selftest=False) as loop:  # fmt: skip
+        for batch in loop.loader:
+            seen.append(batch[0])
+            loop.step(batch)
+    assert sizes[:4] == pytest.approx([0.05, 0.10, 0.15, 0.2], abs=1e-6)
+    assert max(sizes[4:]) == pytest.approx(0.2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        (Free(Linf(0.1)), "got Free: its perturbation is carried on"),
+        (TorchAttack("CW"), "got TorchAttack, in which records of a chunk move each other"),
+    ],
+)
+def test_refuses_what_one_clip_does_not_bound(attack, message):
+    model = net()
+    with pytest.raises(PrivacyError, match=message):
+        private(model, adversarial=AdversarialSettings(attack))
+    assert_closed(model)
+
+
+def test_a_batch_without_such_fields_is_told_so():
+    with pytest.raises(InputError, match="input_key"):
+        private(net(), adversarial=AdversarialSettings(ATTACK, input_key="image"))
+
+
+def test_a_loss_that_mixes_records_is_found():
+    def mixing(model, batch):
+        x, y = batch
+        return F.cross_entropy(model(x - x.mean(0)), y)
+
+    for objective in OBJECTIVES:
+        with pytest.raises(PrivacyError, match="would not be private"):
+            private(net(), loss=mixing, adversarial=settings(objective))
+
+
+def test_after_an_error_the_weights_are_where_they_were():
+    model, calls = Net(), []
+
+    def failing(module, batch):
+        if module is model:
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyError("here")
+        return mean_loss(module, batch)
+
+    objective = OBJECTIVES[-1]
+    loop = make_private(
+        model, sgd(model), batches(), loss=failing, epochs=1, delta=1e-3, max_grad_norm=0.5,
+        noise_multiplier=0.7, chunk_size=None, adversarial=settings(objective),
+    )  # fmt: skip
+    drawn = iter(loop.loader)
+    loop.step(next(drawn))
+    loop.step(next(drawn))
+    before = flat(model).clone()
+    with pytest.raises(KeyError, match="here"):
+        loop.step(next(drawn))
+    assert torch.equal(flat(model), before)
+    assert_closed(model)
