@@ -23,7 +23,7 @@ from defend.threat import L1, L2, InputSpace, Linf
 if TYPE_CHECKING:
     from defend.callbacks import AdversarialTraining, DifferentialPrivacy, RobustnessEvaluation
     from defend.privacy import AdaptiveClipping, Decay, FlatClipping, PerLayerClipping, selftest
-    from defend.training import make_adversarial, make_private
+    from defend.training import AdversarialSettings, make_adversarial, make_private
 
 __all__ = [
     "AWP",
@@ -33,6 +33,7 @@ __all__ = [
     "PGD",
     "TRADES",
     "AdaptiveClipping",
+    "AdversarialSettings",
     "AdversarialTraining",
     "BudgetError",
     "Decay",
@@ -70,6 +71,7 @@ _LATER = {
     "FlatClipping": "defend.privacy",
     "PerLayerClipping": "defend.privacy",
     "selftest": "defend.privacy",
+    "AdversarialSettings": "defend.training",
     "make_adversarial": "defend.training",
     "make_private": "defend.training",
 }

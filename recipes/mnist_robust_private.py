@@ -118,6 +118,14 @@ def blur(size: int, kept: int, width: float) -> Tensor:
     return torch.kron(weights, weights).T.contiguous()
 
 
+def contrast(x: Tensor, steepness: float) -> Tensor:
+    """A logistic curve through (0, 0), (½, ½) and (1, 1); steepness 0 leaves x as it is."""
+    if not steepness:
+        return x
+    low = 1 / (1 + math.exp(steepness / 2))
+    return (torch.sigmoid(steepness * (x - 0.5)) - low) / (1 - 2 * low)
+
+
 class Scattering(nn.Module):
     """Two layers of wavelet moduli at two scales: 28 × 28 images to 25 maps of 7 × 7.
 
@@ -143,9 +151,7 @@ class Scattering(nn.Module):
         return (real**2 + imaginary**2 + 1e-6).sqrt()  # with a slope at 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.contrast:
-            white = 1 / (1 + math.exp(self.contrast / 2))
-            x = (torch.sigmoid(self.contrast * (x - 0.5)) - white) / (1 - 2 * white)
+        x = contrast(x, self.contrast)
         small = F.avg_pool2d(x, 2)
         fine = F.avg_pool2d(self.moduli(x), 2)
         coarse = self.moduli(small)

@@ -12,6 +12,19 @@ respect to the training data set:
   flat, per parameter (C / √K each, McMahan et al. 2018, arXiv 1710.06963), or to a norm that
   follows a quantile (Andrew et al. 2021, arXiv 1905.03871): its count is released with noise of
   its own, the gradient gets more than σC for it, and both together cost what σ costs.
+- **Views**: with K views, gᵢ is the mean of the gradients of K rows, all of them functions of
+  record i alone: augmented images of it, adversarial ones, or both. It is clipped once, so the sum
+  moves by at most C whatever K is, and sampling and accounting know nothing of K (De et al. 2022,
+  arXiv 2204.13650, "augmentation multiplicity"). Rows that were clipped one by one, or joined as
+  records of their own, would move it by K · C.
+- **Adversarial steps**: an adversarial row is a function of its record, of released weights and of
+  random numbers of its own, and TRADES and MART compare two rows of one record. So gᵢ is still a
+  function of record i, and DP-SGD bounds any such function by its clip, whatever computes it (Abadi
+  et al. 2016, arXiv 1607.00133, Algorithm 1). The attack's gradients in the input are part of that
+  function; they are not released and cost nothing. Weights that AWP moves for a gradient move along
+  the last *released* gradient (Park et al. 2023, arXiv 2306.05651), never along one of the batch.
+  Perturbations that records share (universal ones) or that are carried on from batch to batch
+  (`Free`) are functions of other records' raw gradients: refused, or found by the self-test.
 - **Sampling**: every record joins every batch independently with probability q (Poisson). An empty
   batch takes its noised step. With several processes there is one mask for all.
 - **Randomness**: masks, noise, random starts of attacks, and the global RNGs that dropout and
@@ -24,9 +37,10 @@ respect to the training data set:
   to an older checkpoint refunds nothing. σ, q and the number of steps are fixed by the plan or by a
   schedule that does not look at the data; to change them at a resume after looking at released
   weights is adaptive composition, which the sum of all steps at their own σ is not proven for.
-- **Post-processing**: learning rates, momentum, weight decay, averages of weights (EMA) and
-  everything else that is computed from released gradients costs nothing (Dwork & Roth 2014,
-  Proposition 2.1).
+- **Post-processing**: learning rates, momentum, weight decay, and everything else that is computed
+  from released gradients costs nothing (Dwork & Roth 2014, Proposition 2.1). So do averages of the
+  weights (EMA; De et al. 2022, arXiv 2204.13650): each of those was released, and so is their mean.
+  An ε warm-up of the attack follows the number of the step alone, and costs nothing either.
 
 **What it rests on**, and how it is held: the step treats each record alone and takes the plain mean
 (`selftest` tries it on a copy before step 0); every gradient that reaches the weights went through

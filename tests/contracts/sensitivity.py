@@ -1,7 +1,6 @@
 """How far one record moves the clipped sum, for every objective × views × chunk × processes.
 
-    python -m tests.contracts.sensitivity             prints the table
-    python -m tests.contracts.sensitivity FILE        under torchrun: writes what rank 0 measured
+`python -m tests.contracts.sensitivity_table` puts the figures into the README.
 
 Moves are in units of C. A record is left out, which may move the sum by C, or another one takes its
 place, which is a removal and an addition: half of that move is what has to stay within C. Noise is
@@ -204,34 +203,9 @@ def table(ranks: int) -> dict[Combination, float]:
         return dict(zip(COMBINATIONS, json.loads(file.read_text()), strict=True))
 
 
-def markdown() -> str:
-    """The worst of all chunk sizes and process counts, for each objective and number of views."""
-    lines = [
-        "| one record moves the clipped sum by at most | " + " | ".join(
-            f"{v} view{'s' * (v > 1)}" for v in VIEWS
-        ) + " |",
-        "|---|" + "---:|" * len(VIEWS),
-    ]  # fmt: skip
-    for objective in OBJECTIVES:
-        worst = [
-            max(m for r in RANKS for c, m in table(r).items()
-                if (c.objective, c.views) == (objective, views))
-            for views in VIEWS
-        ]  # fmt: skip
-        lines.append(f"| {objective} | " + " | ".join(f"{w:.4f} C" for w in worst) + " |")
-    return "\n".join(lines)
-
-
-def main(file: str | None = None) -> None:
+def main(file: str) -> None:
+    """One of several processes; rank 0 writes what was measured."""
     torch.set_num_threads(1)
-    if file is None:
-        from tests.contracts.planted import PLANTED, move_of
-
-        print(markdown())
-        print("\n| planted | moves |\n|---|---:|")
-        for name in PLANTED:
-            print(f"| {name} | {move_of(name):.2f} C |")
-        return
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     moves = [measure(c) for c in COMBINATIONS]
     if dist.get_rank() == 0:
