@@ -22,6 +22,7 @@ from defend.evaluation.overfitting import OverfittingAlarm
 from defend.objectives import Madry, Objective
 from defend.training.adversarial import AdversarialSettings, AdversarialSteps, AttackedBatch
 from defend.training.stopwatch import Stopwatch
+from defend.training.tally import rates
 
 
 class AdversarialTraining(DefendCallback):
@@ -254,9 +255,9 @@ class AdversarialTraining(DefendCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Summed over ranks: one that counted nothing must still log what the others log.
-        mine = torch.tensor(self._steps.take_counts(), device=pl_module.device)
+        mine = torch.tensor(self._steps.tally.take(), device=pl_module.device)
         total, zero, nonfinite = trainer.strategy.reduce(mine, reduce_op="sum").tolist()
-        figures = self._steps.rates((total, zero, nonfinite))
+        figures = rates((total, zero, nonfinite))
         attacked = 0.0 if self._stopwatch is None else self._stopwatch.read()
         figures["attack/seconds_share"] = attacked / (time.perf_counter() - self._epoch_start)
         if self._settings.warmup_epochs:

@@ -39,6 +39,7 @@ def _privacy(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         ("noise multiplier σ", settings.get("noise_multiplier")),
         ("clipping norm C", settings.get("max_grad_norm")),
         ("clipping", settings.get("clipping")),
+        ("views of a record", settings.get("views")),
         ("sample rate q", settings.get("sample_rate")),
         ("steps", results.get("private_steps")),
         ("accountant", settings.get("accountant")),

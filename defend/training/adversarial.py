@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import operator
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from defend.objectives import AWP
 from defend.objectives.awp import PerturbedWeights, perturbation_along, weight_perturbation
 from defend.training.adversarial_settings import AdversarialSettings, radius_of
 from defend.training.foreign import run_foreign
+from defend.training.tally import Tally
 
 __all__ = ["AdversarialSettings", "AdversarialSteps", "AttackedBatch"]
 
@@ -63,7 +63,7 @@ class AdversarialSteps:
     Attributes:
         settings: what was asked for.
         attack: what is used now; the alarm may have switched it.
-        gradients: input gradients computed since the last `rates`.
+        tally: input gradients computed, and those that were of no use.
     """
 
     def __init__(self, settings: AdversarialSettings) -> None:
@@ -71,9 +71,7 @@ class AdversarialSteps:
         self.switch(settings.training_attack())
         self._weights: PerturbedWeights | None = None
         self._own: list[tuple[Tensor, int]] = []
-        self.gradients = 0
-        self._zero: Tensor | int = 0
-        self._nonfinite: Tensor | int = 0
+        self.tally = Tally()
 
     # --- before the training step -----------------------------------------------------------------
 
@@ -182,7 +180,7 @@ class AdversarialSteps:
         eps = None if share == 1 else radius_of(attack) * share  # type: ignore[operator]
         if isinstance(attack, PGD):
             result = attack.run(module, x, y, generator=generator, chunk_size=chunk_size, eps=eps)
-            self._count(result.gradients, result.zero_gradients, result.nonfinite_gradients)
+            self.tally.add(result.gradients, result.zero_gradients, result.nonfinite_gradients)
             return result.x_adv
         attack = attack if eps is None else attack.with_eps(eps)
         size = chunk_size if isinstance(chunk_size, int) else None
@@ -317,7 +315,7 @@ class AdversarialSteps:
         self.restore_weights()
         if self._free is not None and self._free.pending:
             self._free.absorb()
-            self._count(*self._free.take_counts())
+            self.tally.add(*self._free.take_counts())
 
     def restore_weights(self) -> None:
         """Undo AWP's perturbation, if one is on; safe to call twice."""
@@ -332,43 +330,6 @@ class AdversarialSteps:
         """Go on with another attack."""
         self.attack = attack
         self._free = attack.begin() if isinstance(attack, Free) else None
-
-    def _count(self, gradients: int, zero: Tensor | int, nonfinite: Tensor | int) -> None:
-        self.gradients += gradients
-        # Added up where they are: reading them would make the host wait.
-        self._zero, self._nonfinite = self._zero + zero, self._nonfinite + nonfinite
-
-    def take_counts(self) -> tuple[int, int, int]:
-        """Input gradients since the last call: all, those that were zero, those not finite.
-
-        Waits for the device.
-        """
-        counts = self.gradients, int(self._zero), int(self._nonfinite)
-        self.gradients, self._zero, self._nonfinite = 0, 0, 0
-        return counts
-
-    def rates(self, counts: tuple[int, int, int] | None = None) -> dict[str, float]:
-        """Shares of useless input gradients since the last call, under the names they log by.
-
-        Args:
-            counts: of `take_counts`, summed over processes; None takes those of this one.
-
-        Returns:
-            Nothing where none were counted, as by attacks other than PGD.
-        """
-        total, zero, nonfinite = self.take_counts() if counts is None else counts
-        if total == 0:
-            return {}
-        if nonfinite:
-            warnings.warn(
-                f"{nonfinite} of {total} input gradients were not finite; the attack is weaker "
-                "than it looks. Look for overflow in the model, fp16 most of all.",
-                stacklevel=2,
-            )
-        return {
-            "attack/zero_grad_rate": zero / total,
-            "attack/nonfinite_grad_rate": nonfinite / total,
-        }
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know."""

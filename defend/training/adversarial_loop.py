@@ -16,6 +16,7 @@ from defend.objectives import Madry, Objective
 from defend.privacy.randomness import Randomness
 from defend.training.adversarial import AdversarialSettings, AdversarialSteps, AttackedBatch
 from defend.training.host import Host, Loss
+from defend.training.tally import rates
 
 _STATE = {"seed", "attacked", "steps"}
 
@@ -163,7 +164,7 @@ class AdversarialLoop:
         Under the names `attack/zero_grad_rate` and `attack/nonfinite_grad_rate`; of this process.
         Empty where nothing was counted, as with attacks other than PGD and Free.
         """
-        return self._steps.rates()
+        return rates(self._steps.tally.take())
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know; save it beside the weights and the optimizer's state.

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from defend.batching.chunks import count_rows, even_bounds, slice_rows
 from defend.batching.memory import rows_that_fit
 from defend.errors import PrivacyError
 from defend.privacy.budget import Budget
@@ -20,11 +19,12 @@ from defend.privacy.clipping import AdaptiveClipping
 from defend.privacy.fingerprint import data_digest
 from defend.privacy.preconditions import Setup, check
 from defend.privacy.randomness import Randomness, make_global_rng_secret
-from defend.privacy.sampling import Drawn, PoissonBatchSampler, poisson_loader
+from defend.privacy.sampling import PoissonBatchSampler, poisson_loader
 from defend.privacy.schedules import factor
 from defend.privacy.selftest import Attack, Backward, Loss, SelfTest
 from defend.privacy.step import PrivateStep
 from defend.training.account import Account
+from defend.training.chunks import LogicalBatch
 from defend.training.lineage import claim
 from defend.training.processes import Processes
 from defend.training.settings import PrivacySettings
@@ -61,7 +61,6 @@ class PrivateTraining:
         """State that lives for one fit only."""
         self.processes = Processes()
         self.sampler: PoissonBatchSampler | None = None
-        self.chunk_size: int | None = None
         self._loader: DataLoader | None = None
         self._randomness: Randomness | None = None
         self._step: PrivateStep | None = None
@@ -74,6 +73,11 @@ class PrivateTraining:
     def budget(self) -> Budget:
         """What may be spent and what was."""
         return self.account.budget
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Most rows in one chunk; None where batches are not split."""
+        return None if self.sampler is None else self.sampler.chunk_size
 
     # --- before the first step --------------------------------------------------------------------
 
@@ -108,14 +112,13 @@ class PrivateTraining:
             )
         self._loader = loader
         asked = self.settings.chunk_size
-        self.chunk_size = _CHUNK_ON_CPU if isinstance(asked, str) else asked
         self.sampler = PoissonBatchSampler(
             records,
             loader.batch_size * processes.world_size / records,
             len(loader),
             randomness,
             first_step=self._next_step,
-            chunk_size=self.chunk_size,
+            chunk_size=_CHUNK_ON_CPU if isinstance(asked, str) else asked,
             views=self.settings.views,
             fixed=torch.cuda.is_available() and torch.backends.cudnn.benchmark,
             rank=processes.rank,
@@ -246,7 +249,7 @@ class PrivateTraining:
         ordinary = math.ceil(sampler.sample_rate * sampler.size / sampler.world_size) * views
         if next(module.parameters()).device.type == "cuda" and self.settings.chunk_size == "auto":
             rows = rows_that_fit(tryout.peak_bytes, tryout.free_bytes(), most=2 * ordinary)
-            sampler.chunk_size = self.chunk_size = self.processes.broadcast(rows)
+            sampler.chunk_size = self.processes.broadcast(rows)
         if self.settings.selftest:
             self._tryout = tryout
             self.selftest = tryout.selftest(min(ordinary, self.chunk_size or ordinary, _MOST_ROWS))
@@ -282,20 +285,7 @@ class PrivateTraining:
             PrivacyError: if the batch does not hold one row for each sampled record.
         """
         step, sampler = self._known(self._step), self._known(self.sampler)
-        if not sampler.drawn:
-            raise PrivacyError(
-                "Expected a batch of the private loader, got one that its sampler did not draw: "
-                "the loader was replaced during the fit, or a batch was used twice. Leave both "
-                "to the training loop."
-            )
-        drawn = sampler.drawn.popleft()
-        views, rows = self.settings.views, count_rows(batch)
-        if rows is None or rows != drawn.slots * views:
-            raise PrivacyError(
-                f"Expected {drawn.slots * views} rows, {'one' if views == 1 else views} for each "
-                f"sampled record, got {rows}. The collate function or a batch hook drops, adds or "
-                "merges records; let it keep one row for each item of the data set."
-            )
+        logical = LogicalBatch(batch, step, sampler, self.processes)
         self._look_again()
         step.noise_multiplier = self.budget.next_noise
         if self.settings.clip_schedule is not None:
@@ -303,50 +293,7 @@ class PrivateTraining:
             self.max_grad_norm = self.settings.max_grad_norm * at
         step.max_grad_norm = self.max_grad_norm
         step.begin()
-        start = 0
-        while start < drawn.slots:
-            stop = self._next_stop(start, drawn)
-            if self._run_rows(batch, start, stop, drawn, compute):
-                start = stop
-
-    def _next_stop(self, start: int, drawn: Drawn) -> int:
-        """The end of the chunk that starts at a record: the rest in even parts that fit."""
-        size = math.ceil(drawn.slots / drawn.chunks)
-        most = self._known(self.sampler).records_in_a_chunk
-        if most is not None:  # it may have shrunk since the batch was drawn
-            size = min(size, most)
-        left = drawn.slots - start
-        return start + even_bounds(left, math.ceil(left / size))[0][1]
-
-    def _run_rows(
-        self, batch: Any, start: int, stop: int, drawn: Drawn, compute: Callable[[Any, int], None]
-    ) -> bool:
-        """Records start…stop; False if they did not fit: nothing counted, and smaller chunks."""
-        step, views = self._known(self._step), self.settings.views
-        held, rows = stop - start, (stop - start) * views
-        chunk = batch
-        if held < drawn.slots:
-            chunk = slice_rows(batch, start * views, stop * views, drawn.slots * views)
-        step.expect(rows, min(max(drawn.records - start, 0), held))
-        try:
-            compute(chunk, rows)
-            self.fold()
-            return True
-        except torch.OutOfMemoryError as error:
-            if held == 1 or self.processes.world_size > 1:
-                raise
-            step.discard()
-            message = str(error).splitlines()[0] if str(error) else "out of memory"
-        # Outside the handler: the traceback would keep the tensors that did not fit.
-        self.chunk_size = self._known(self.sampler).chunk_size = math.ceil(held / 2) * views
-        warnings.warn(
-            f"{rows} rows did not fit ({message}); going on with {self.chunk_size} at a time. "
-            "What the chunk logged before it failed is in the log twice.",
-            stacklevel=2,
-        )
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return False
+        logical.run(compute)
 
     def fold(self) -> None:
         """After a chunk's backward: clip, sum, and forget its raw gradients. Safe to call twice."""

@@ -13,7 +13,7 @@ from defend.attacks.free import Free
 from defend.attacks.presets import fgsm_rs
 from defend.evaluation.overfitting import OverfittingAlarm, OverfittingWatch
 from defend.objectives import AWP, MART, TRADES, Madry
-from defend.training.adversarial import AdversarialSteps
+from defend.training.tally import Tally
 from tests.callbacks.by_hand import ATTACK, Rich, fit, plain_layers, train
 from tests.training.adversarial_cases import GAMMA, state_of
 
@@ -95,7 +95,7 @@ def test_rates_are_of_all_ranks_together(tmp_path, monkeypatch, theirs):
     def counts(self):
         return theirs if torch.distributed.get_rank() else (8, 2, 1)
 
-    monkeypatch.setattr(AdversarialSteps, "take_counts", counts)
+    monkeypatch.setattr(Tally, "take", counts)
     first, second = two(tmp_path, Madry(), max_epochs=1)
     for metrics in (first["metrics"], second["metrics"]):
         total = 8 + theirs[0]

@@ -13,6 +13,7 @@ from defend.attacks.free import Free
 from defend.batching.fields import get_field
 from defend.objectives import AWP, MART, TRADES, Madry
 from defend.training.adversarial import AdversarialSettings, AdversarialSteps
+from defend.training.tally import rates
 from tests.helpers import flat
 from tests.reference import objectives as reference
 from tests.training.adversarial_cases import ATTACK, EPS, batches, loop_of, mean_loss, net, sgd
@@ -268,14 +269,17 @@ def test_rates_of_useless_gradients():
     nn.init.zeros_(dead.weight)
     attacked(steps, dead, (x, y))
     attacked(steps, net(), (x, y))
-    assert steps.gradients == 2 * 3 * 16
-    assert steps.rates((8, 2, 0))["attack/zero_grad_rate"] == 0.25  # of all processes
-    assert steps.rates() == {"attack/zero_grad_rate": 0.5, "attack/nonfinite_grad_rate": 0.0}
-    assert steps.rates() == {}
+    assert steps.tally.gradients == 2 * 3 * 16
+    assert rates((8, 2, 0))["attack/zero_grad_rate"] == 0.25  # of all processes
+    assert rates(steps.tally.take()) == {
+        "attack/zero_grad_rate": 0.5,
+        "attack/nonfinite_grad_rate": 0.0,
+    }
+    assert rates(steps.tally.take()) == {}
     nn.init.constant_(dead.weight, float("nan"))
     attacked(steps, dead, (x[:4], y[:4]))
     with pytest.warns(UserWarning, match=r"12 of 12 input gradients were not finite"):
-        assert steps.rates()["attack/nonfinite_grad_rate"] == 1.0
+        assert rates(steps.tally.take())["attack/nonfinite_grad_rate"] == 1.0
 
 
 def test_another_attack_takes_over():
