@@ -136,6 +136,11 @@ class TrainerStep:
         assert self.adversary is not None
         return self.adversary.transform(batch, module)
 
+    def attack_anew(self, module: nn.Module, batch: Any) -> Any:
+        """The same from other secret numbers."""
+        assert self.adversary is not None
+        return self.adversary.transform(batch, module, anew=True)
+
     def backward(self, loss: torch.Tensor) -> None:
         """A backward on the copy, whose weights are then where they were."""
         with nullcontext() if self.adversary is None else self.adversary.backward():

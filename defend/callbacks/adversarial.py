@@ -20,6 +20,7 @@ from defend.callbacks.privacy import DifferentialPrivacy
 from defend.errors import InputError
 from defend.evaluation.overfitting import OverfittingAlarm
 from defend.objectives import Madry, Objective
+from defend.objectives.base import keeps_nothing
 from defend.training.adversarial import AdversarialSettings, AdversarialSteps, AttackedBatch
 from defend.training.stopwatch import Stopwatch
 from defend.training.tally import rates
@@ -57,7 +58,8 @@ class AdversarialTraining(DefendCallback):
             attack increases, unless the attack has another loss than "ce". With TRADES the
             training step sees the clean batch, with the others the adversarial one; its loss must
             be the mean over the rows. With AWP, hooks between the step and the end of its backward
-            (`on_before_zero_grad`, `on_before_backward`) find the weights moved.
+            (`on_before_zero_grad`, `on_before_backward`) find the weights moved, but for private
+            runs, whose forwards and backwards are over by then.
         clean_fraction: part of the records of each batch that stay clean, in [0, 1). With the
             `views` of `DifferentialPrivacy`, part of each record's views.
         warmup_epochs: eps grows linearly from 0 over so many epochs (Gowal et al. 2020), step by
@@ -174,8 +176,13 @@ class AdversarialTraining(DefendCallback):
         """Whether the gradient is taken at other weights than those that step."""
         return self._settings.moves_weights
 
-    def transform(self, batch: Any, module: torch.nn.Module) -> AttackedBatch:
-        """The batch, clean and attacked; the batch itself is untouched."""
+    def transform(
+        self, batch: Any, module: torch.nn.Module, *, anew: bool = False
+    ) -> AttackedBatch:
+        """The batch, clean and attacked; the batch itself is untouched.
+
+        On a copy of the module `anew` asks for other secret numbers than those of this step.
+        """
         trainer, seams = self._trainer, self._seams
         assert trainer is not None
         assert seams is not None
@@ -190,7 +197,7 @@ class AdversarialTraining(DefendCallback):
                 generator=(
                     self._generator(trainer, x.device)
                     if private is None
-                    else private.attack_generator(x.device)
+                    else private.attack_generator(x.device, anew=anew)
                 ),
                 epochs=epochs_trained(trainer) if real else math.inf,
                 chunk_size="auto" if private is None else private.step_chunk_size,
@@ -212,9 +219,10 @@ class AdversarialTraining(DefendCallback):
             steps, released = self._tried, dict(module.named_parameters())
             if not isinstance(made, AttackedBatch):
                 made = steps.unattacked(made)
-        return steps.run(
-            module, made, step, add=with_penalty, precision=precision, released=released
-        )
+        with keeps_nothing(steps.settings.objective) if steps is self._tried else nullcontext():
+            return steps.run(
+                module, made, step, add=with_penalty, precision=precision, released=released
+            )
 
     @contextmanager
     def backward(self) -> Iterator[None]:

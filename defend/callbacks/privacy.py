@@ -71,7 +71,8 @@ class DifferentialPrivacy(Readings, DefendCallback):
         accountant: "prv" (tight) or "rdp".
         chunk_size: most rows in one forward and backward; larger batches are split, with the same
             result. "auto": what fits into the GPU's memory, measured; 256 rows on the CPU. None:
-            not split. A chunk that runs out of memory is halved.
+            not split. A chunk that runs out of memory is halved; the views of a record stay
+            together.
         clipping: `FlatClipping()`, `PerLayerClipping()`, or `AdaptiveClipping(...)`, for which
             `max_grad_norm` is where C starts.
         views: rows of each record, K ≥ 1 (augmentation multiplicity, De et al. 2022, arXiv
@@ -245,6 +246,7 @@ class DifferentialPrivacy(Readings, DefendCallback):
             step.loss,
             transfer=step.transfer,
             attack=None if adversary is None else step.attack,
+            attack_anew=None if adversary is None else step.attack_anew,
             backward=step.backward,
             half=step.half,
             share=step.share(),
@@ -275,9 +277,9 @@ class DifferentialPrivacy(Readings, DefendCallback):
         """The last released gradient, for an adversary that moves the weights."""
         return self._private.released
 
-    def attack_generator(self, device: torch.device) -> torch.Generator:
+    def attack_generator(self, device: torch.device, *, anew: bool = False) -> torch.Generator:
         """Secret numbers for the random starts of this rank's records in the current step."""
-        return self._private.attack_generator(device)
+        return self._private.attack_generator(device, anew=anew)
 
     # --- one step -----------------------------------------------------------------------------
 

@@ -26,7 +26,8 @@ class AWP(Objective):
     *Guarantees.* θ is put back bit for bit before the optimizer's step. v depends on all records
     of the batch, and so does then each record's gradient, which DP-SGD does not allow: beside
     `DifferentialPrivacy` v follows the gradient that was released last, noise and all
-    (`perturbation_along`). It then costs no further pass, and the first step goes without it.
+    (`perturbation_along`). It then costs no further pass, and the first step of a fit, or after a
+    resume, goes without it.
 
     Args:
         objective: what to minimize, for example `TRADES(6.0)`.

@@ -24,7 +24,8 @@ respect to the training data set:
   function; they are not released and cost nothing. Weights that AWP moves for a gradient move along
   the last *released* gradient (Park et al. 2023, arXiv 2306.05651), never along one of the batch.
   Perturbations that records share (universal ones) or that are carried on from batch to batch
-  (`Free`) are functions of other records' raw gradients: refused, or found by the self-test.
+  (`Free`) are functions of other records' raw gradients: `Free` is refused, and attacks and
+  objectives of your own are tried out by the self-test, on seven records and at a few moments.
 - **Sampling**: every record joins every batch independently with probability q (Poisson). An empty
   batch takes its noised step. With several processes there is one mask for all.
 - **Randomness**: masks, noise, random starts of attacks, and the global RNGs that dropout and

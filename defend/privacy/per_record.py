@@ -167,7 +167,7 @@ class PerRecordGradients:
                 # Not in place: a formula may return the very tensor that it was given.
                 self._gradients[parameter] = earlier + gradient
             else:
-                self._other_rows[parameter] = min(len(earlier), len(gradient))
+                self._other_rows.setdefault(parameter, min(len(earlier), len(gradient)))
 
     def _of(self, name: str, parameter: nn.Parameter, rows: int) -> Tensor | None:
         gradient = self._gradients.get(parameter)
@@ -185,7 +185,7 @@ class PerRecordGradients:
                 "AdversarialTraining or under `defend.attacks.no_trace`."
             )
         found = self._other_rows.get(parameter, len(gradient) * self.views)
-        if found != rows:
+        if found != rows or parameter in self._other_rows:
             raise PrivacyError(
                 f"Expected {rows} rows, one a record, in the gradient of `{name}`, got {found}. "
                 "Rows were concatenated, dropped or folded into the batch dimension on the way, or "

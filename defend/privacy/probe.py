@@ -120,19 +120,20 @@ def rows_differ(one: Any, other: Any, rows: int, first: int = 1) -> bool:
 
     return any(
         a.shape == b.shape and len(a) == rows and differ(a, b)
-        for a, b in zip(_tensors(one), _tensors(other), strict=False)
+        for a, b in zip(tensors_of(one), tensors_of(other), strict=False)
         if a.ndim and b.ndim
     )
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """Every tensor in a batch, in whatever containers."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, dict):
         for value in batch.values():
-            yield from _tensors(value)
+            yield from tensors_of(value)
     elif isinstance(batch, list | tuple):
         for value in batch:
-            yield from _tensors(value)
+            yield from tensors_of(value)
     elif hasattr(batch, "__dict__"):
-        yield from _tensors(vars(batch))
+        yield from tensors_of(vars(batch))

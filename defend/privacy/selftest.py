@@ -90,6 +90,7 @@ def selftest(
     loss: Loss,
     collate: Callable[[list[Any]], Any],
     attack: Attack | None = None,
+    attack_anew: Attack | None = None,
     backward: Backward = Tensor.backward,
     max_grad_norm: float = 1.0,
     views: int = 1,
@@ -107,6 +108,7 @@ def selftest(
         collate: items → batch, on the right device.
         attack: (module, batch) → adversarial batch, or None. It must draw the same numbers at each
             call.
+        attack_anew: the same attack from other secret numbers, to see whether it uses them.
         backward: takes what comes from `loss` through its backward; for a loss that moves the
             weights until then, and has to put them back.
         max_grad_norm: C.
@@ -116,8 +118,9 @@ def selftest(
         rows: rows of an ordinary batch, views included; the records are repeated up to it in one
             more comparison with a record alone, since a step may do with many rows what it cannot
             do with six.
-        turn: 0 for the whole test; 1, 2, … for another look later on: the first part alone, under
-            other random numbers each time.
+        turn: 0 for the whole test; 1, 2, … for another look later on: the first part, under other
+            random numbers each time, and with an attack the third, since an attack goes other ways
+            once the model has learned something.
 
     Returns:
         The findings; `require()` raises if there are any.
@@ -135,6 +138,7 @@ def selftest(
         loss,
         collate,
         attack,
+        attack_anew,
         backward,
         max_grad_norm,
         views,
@@ -153,12 +157,14 @@ class _Probe:
         loss: Loss,
         collate: Callable[[list[Any]], Any],
         attack: Attack | None,
+        attack_anew: Attack | None,
         backward: Backward,
         max_grad_norm: float,
         views: int,
         half: bool,
     ) -> None:
         self.module, self.loss, self.collate, self.attack = module, loss, collate, attack
+        self.attack_anew = attack_anew
         self.backward, self.views = backward, views
         *self.records, self.spare = records
         self.max_grad_norm, self.half = max_grad_norm, half
@@ -180,9 +186,11 @@ class _Probe:
         return self.findings, 0.0
 
     def look_again(self, turn: int) -> list[str]:
-        """The first part, at other random numbers and with another record in front each turn."""
+        """The parts that may turn out otherwise later, at other random numbers each turn."""
         with self._watched() as per_record:
             self._alone(per_record, turn, (0.37 + 0.618 * turn) % 1, turn)
+            if self.attack is not None:
+                self._replace_one(per_record)
         return self.findings
 
     @contextmanager
@@ -330,12 +338,36 @@ class _Probe:
                 f"a change of {worst[1]:.0%} at `{worst[0]}`. Something mixes records: mixup, a "
                 "second forward with shuffled rows, statistics or label counts of the batch."
             )
+        if self.attack is not None:
+            self._secret_attack(per_record, other_batch)
+            gradients = self._gradients(per_record, self.records, 2)  # of clean rows, as below
         self._secret(per_record, gradients)
+
+    def _secret_attack(self, per_record: PerRecordGradients, before: Any) -> None:
+        """Random numbers of the attack come from the generator that it is given, or the globals."""
+        if self.attack_anew is None:
+            return
+
+        def same_again(attack: Attack, seed: int) -> bool:
+            with seeded(seed, self.devices):
+                again = attack(self.module, self.collate([self.spare, *self.records[1:]]))
+            return not rows_differ(before, again, len(self.records) * self.views, first=0)
+
+        restore(self.module, self.before, self.generators)
+        if not same_again(self.attack_anew, 5):
+            return
+        with StillRandomness():
+            still = same_again(self.attack_anew, 5)
+        if not still:
+            raise PrivacyError(
+                "Expected random starts from the generator that the attack is given, which is "
+                "secret in a private fit, got an attack that draws the same numbers whatever that "
+                "is seeded with. Leaving one record out would change the starts of all others by "
+                "a known amount. Draw from `generator`."
+            )
 
     def _secret(self, per_record: PerRecordGradients, before: list[Tensor]) -> None:
         """Random numbers of the step come from where a fit keeps them secret."""
-        if self.attack is not None:  # `before` is of adversarial rows: nothing to compare with
-            return
         before = [g[1:] for g in before]
         other_seed = [g[1:] for g in self._gradients(per_record, self.records, 4)]
         if self._difference(before, other_seed) is not None:

@@ -209,7 +209,7 @@ class PrivateStep:
         ):
             parameter.grad = (total / self.expected_batch_size).to(parameter.dtype)
             if self.keep_release:
-                self.released[name] = parameter.grad
+                self.released[name] = parameter.grad.clone()  # others may add to theirs
         if isinstance(self.clipping, AdaptiveClipping):
             self.max_grad_norm = self.clipping.update(
                 self.max_grad_norm, float(sums[-1]), self.expected_batch_size

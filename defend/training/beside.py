@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from defend.batching.fields import with_field
+from defend.errors import InputError
+from defend.objectives.base import keeps_nothing
 from defend.training.adversarial import AdversarialSettings, AdversarialSteps, AttackedBatch
 from defend.training.host import Host
 from defend.training.private import PrivateTraining
@@ -23,10 +25,16 @@ class PrivateAdversary:
         settings: what to train against.
 
     Raises:
+        InputError: for anything but settings.
         PrivacyError: for what would let one record move more than its one clip.
     """
 
     def __init__(self, settings: AdversarialSettings) -> None:
+        if not isinstance(settings, AdversarialSettings):
+            raise InputError(
+                "Expected `adversarial` to be AdversarialSettings(PGD(...), objective=...), got "
+                f"{settings!r}. Wrap it."
+            )
         settings.refuse_beside_privacy()
         self.settings = settings
         self.steps = AdversarialSteps(settings)
@@ -45,7 +53,8 @@ class PrivateAdversary:
         *,
         host: Host,
         private: PrivateTraining,
-        steps_taken: int,
+        epochs: float,
+        anew: bool = False,
     ) -> AttackedBatch:
         """The batch, clean and attacked: each record on its own, from secret random numbers."""
         real = module is host.bare
@@ -54,8 +63,8 @@ class PrivateAdversary:
             return (self.steps if real else self._tried).attacked(
                 module,
                 batch,
-                generator=private.attack_generator(x.device),
-                epochs=steps_taken + 1 if real else math.inf,
+                generator=private.attack_generator(x.device, anew=anew),
+                epochs=epochs if real else math.inf,
                 chunk_size=private.chunk_size,
                 private=True,
                 views=private.settings.views,
@@ -78,13 +87,15 @@ class PrivateAdversary:
         bare = host.bare if real else model
         # On a copy any direction will do for AWP; the weights' own is at hand.
         released = private.released if real else dict(bare.named_parameters())
-        return steps.run(
-            bare,
-            made,
-            lambda batch: loss(model, batch),
-            precision=host.autocast,
-            released=released,
-        )
+        guard = contextlib.nullcontext() if real else keeps_nothing(self.settings.objective)
+        with guard:
+            return steps.run(
+                bare,
+                made,
+                lambda batch: loss(model, batch),
+                precision=host.autocast,
+                released=released,
+            )
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
@@ -92,5 +103,9 @@ class PrivateAdversary:
         try:
             yield
         finally:
-            self.steps.restore_weights()
-            self._tried.restore_weights()
+            self.restore_weights()
+
+    def restore_weights(self) -> None:
+        """Undo what AWP did; safe to call twice."""
+        self.steps.restore_weights()
+        self._tried.restore_weights()

@@ -82,6 +82,8 @@ class LogicalBatch:
             return True
         except torch.OutOfMemoryError as error:
             if held == 1 or self.processes.world_size > 1:
+                if views > 1:
+                    error.add_note(f"The {views} views of a record run at once: lower `views`.")
                 raise
             step.discard()
             message = str(error).splitlines()[0] if str(error) else "out of memory"

@@ -23,6 +23,7 @@ from defend.training.host import Host, Loss
 from defend.training.private import PrivateTraining
 from defend.training.readings import Readings
 from defend.training.settings import PrivacySettings
+from defend.training.tally import rates
 
 LEDGERS = Path("privacy_ledgers")
 
@@ -68,6 +69,7 @@ class PrivateLoop(Readings):
                 self._whole_loss,
                 transfer=self._to_device,
                 attack=None if adversarial is None else self._attacked,
+                attack_anew=None if adversarial is None else self._attacked_anew,
                 backward=self._undone_after(Tensor.backward),
                 half=self._half,
             )
@@ -141,6 +143,15 @@ class PrivateLoop(Readings):
         """
         return self._private.attack_generator(self._host.device)
 
+    def rates(self) -> dict[str, float]:
+        """Shares of the attack's input gradients that were zero, and not finite, since last asked.
+
+        Under the names `attack/zero_grad_rate` and `attack/nonfinite_grad_rate`; of this process.
+        Empty without an attack that counts them. Computed from the data without noise: look at
+        them, but do not publish them.
+        """
+        return {} if self._adversary is None else rates(self._adversary.steps.tally.take())
+
     @property
     def exhausted(self) -> bool:
         """Whether the planned steps are taken, or no further one fits into `target_epsilon`."""
@@ -153,6 +164,8 @@ class PrivateLoop(Readings):
     def close(self) -> None:
         """Remove every hook and every private gradient; the model keeps its weights only."""
         self._open = False
+        if self._adversary is not None:
+            self._adversary.restore_weights()
         self._private.close()
 
     def __enter__(self) -> "PrivateLoop":
@@ -187,15 +200,19 @@ class PrivateLoop(Readings):
         batch = self._host.to_device(batch)
         return batch if self._adversary is None else self._adversary.as_taken(self._host, batch)
 
-    def _attacked(self, module: nn.Module, batch: Any) -> AttackedBatch:
+    def _attacked(self, module: nn.Module, batch: Any, *, anew: bool = False) -> AttackedBatch:
         assert self._adversary is not None
         return self._adversary.attacked(
             module,
             batch,
             host=self._host,
             private=self._private,
-            steps_taken=self._taken,
+            epochs=(self._taken + 1) / self.steps_per_epoch,
+            anew=anew,
         )
+
+    def _attacked_anew(self, module: nn.Module, batch: Any) -> AttackedBatch:
+        return self._attacked(module, batch, anew=True)
 
     def _whole_loss(self, model: nn.Module, batch: Any) -> Tensor:
         if self._adversary is None:
@@ -266,8 +283,8 @@ def make_private(
             process.
         loss: (model, batch) → the mean loss over the rows of the batch.
         epochs: over the whole training, those before a resume included.
-        adversarial: what to train against, or None; its `warmup_epochs` counts batches here. AWP
-            follows the last released gradient; Free is refused.
+        adversarial: what to train against, or None. AWP follows the last released gradient; Free
+            is refused.
         fabric: the Fabric that set model and optimizer up, or None.
         state: `state_dict()` of the run to go on from, or None.
         delta, max_grad_norm, target_epsilon, noise_multiplier, accountant, chunk_size, clipping,

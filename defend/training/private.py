@@ -21,7 +21,7 @@ from defend.privacy.preconditions import Setup, check
 from defend.privacy.randomness import Randomness, make_global_rng_secret
 from defend.privacy.sampling import PoissonBatchSampler, poisson_loader
 from defend.privacy.schedules import factor
-from defend.privacy.selftest import Attack, Backward, Loss, SelfTest
+from defend.privacy.selftest import RECORDS, Attack, Backward, Loss, SelfTest
 from defend.privacy.step import PrivateStep
 from defend.training.account import Account
 from defend.training.chunks import LogicalBatch
@@ -35,7 +35,7 @@ SAMPLING = "Poisson"
 
 # Per-record gradients take rows × parameters of memory. This many rows fit small machines.
 _CHUNK_ON_CPU = 256
-_MOST_ROWS = 64  # of the self-test's largest batch
+_MOST_RECORDS = 64  # in the self-test's largest batch
 
 
 class PrivateTraining:
@@ -221,6 +221,7 @@ class PrivateTraining:
         *,
         transfer: Callable[[Any], Any] = lambda batch: batch,
         attack: Attack | None = None,
+        attack_anew: Attack | None = None,
         backward: Backward = Tensor.backward,
         half: bool = False,
         share: Sequence[Any] = (),
@@ -237,6 +238,7 @@ class PrivateTraining:
             loss,
             transfer=transfer,
             attack=attack,
+            attack_anew=attack_anew,
             backward=backward,
             max_grad_norm=self.max_grad_norm,
             views=self.settings.views,
@@ -250,9 +252,18 @@ class PrivateTraining:
         if next(module.parameters()).device.type == "cuda" and self.settings.chunk_size == "auto":
             rows = rows_that_fit(tryout.peak_bytes, tryout.free_bytes(), most=2 * ordinary)
             sampler.chunk_size = self.processes.broadcast(rows)
+        if views > 1 and attack is None and tryout.views_are_alike():
+            warnings.warn(
+                f"views={views} asks the data set for each record {views} times, and it gave the "
+                "same each time. Augment in the data set or in a batch hook, or leave `views` out.",
+                stacklevel=2,
+            )
         if self.settings.selftest:
             self._tryout = tryout
-            self.selftest = tryout.selftest(min(ordinary, self.chunk_size or ordinary, _MOST_ROWS))
+            if views > 1 and self.chunk_size is not None:  # no more rows at once than in training
+                tryout.records = min(max(self.chunk_size // views + 1, 3), RECORDS)
+            most = min(ordinary, self.chunk_size or ordinary, _MOST_RECORDS * views)
+            self.selftest = tryout.selftest(most)
             if self.selftest is not None:
                 self.selftest.require()
 
@@ -311,11 +322,19 @@ class PrivateTraining:
         """The last released gradient, by parameter name; empty before the first, or unasked."""
         return self._known(self._step).released
 
-    def attack_generator(self, device: torch.device) -> torch.Generator:
-        """Secret numbers for the random starts of this rank's records in the current step."""
+    def attack_generator(self, device: torch.device, *, anew: bool = False) -> torch.Generator:
+        """Secret numbers for the random starts of this rank's records in the current step.
+
+        Args:
+            device: where they are drawn.
+            anew: others, for trying the attack out.
+        """
         randomness = self._known(self._randomness)
         return randomness.generator(
-            "attack", self.budget.next_step, device, rank=self.processes.rank
+            "probe" if anew else "attack",
+            self.budget.next_step,
+            device,
+            rank=self.processes.rank,
         )
 
     # --- afterwards -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from defend.batching.memory import free_bytes
+from defend.privacy.probe import tensors_of
 from defend.privacy.probe_records import probe_positions
 from defend.privacy.selftest import RECORDS, Attack, Backward, Loss, SelfTest, selftest
 from defend.privacy.still import seeded
@@ -23,12 +24,16 @@ class TryOut:
         loss: (module, batch) → mean loss over the rows, as training computes it.
         transfer: collated batch → batch on the device, as training sees it.
         attack: (module, batch) → adversarial batch, or None.
+        attack_anew: the same from other secret numbers.
         backward: takes a loss through its backward, and undoes what the loss did to the weights.
         max_grad_norm: C.
         views: rows of a record.
         half: whether the step computes in half precision.
         share: objects that the module may refer to and that are not to be copied with it.
         on_look: called with 0, 1, 2, … before each look.
+
+    Attributes:
+        records: records that are tried; all but one of them are in the batch at once.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class TryOut:
         *,
         transfer: Callable[[Any], Any],
         attack: Attack | None,
+        attack_anew: Attack | None,
         backward: Backward,
         max_grad_norm: float,
         views: int,
@@ -48,7 +54,8 @@ class TryOut:
     ) -> None:
         self.module, self.loader, self.loss = module, loader, loss
         self.transfer, self.attack, self.backward = transfer, attack, backward
-        self.views = views
+        self.attack_anew, self.views = attack_anew, views
+        self.records = RECORDS
         self.max_grad_norm, self.half, self.share = max_grad_norm, half, share
         self.on_look = on_look
         self._looks = 0
@@ -73,6 +80,7 @@ class TryOut:
             loss=self.loss,
             collate=self._collate,
             attack=self.attack,
+            attack_anew=self.attack_anew,
             backward=self.backward,
             views=self.views,
             max_grad_norm=self.max_grad_norm,
@@ -96,6 +104,11 @@ class TryOut:
             share=self.share,
         )
 
+    def views_are_alike(self) -> bool:
+        """Whether the views of a record are the same rows: K times the work for nothing."""
+        rows = tensors_of(self._collate(self._records(0)[:1]))
+        return not any(bool((t != t[:1]).any()) for t in rows if t.ndim and len(t) == self.views)
+
     def free_bytes(self) -> int:
         """Bytes that are left; on a GPU only."""
         return free_bytes(next(self.module.parameters()).device)
@@ -104,7 +117,7 @@ class TryOut:
         """Records, each as the items that the loader gives for it, one a view."""
         dataset = self.loader.dataset
         with seeded(turn, ()):
-            positions = probe_positions(dataset, RECORDS, turn)
+            positions = probe_positions(dataset, self.records, turn)
             return [[dataset[i] for _ in range(self.views)] for i in positions]
 
     def _collate(self, records: list[list[Any]]) -> Any:

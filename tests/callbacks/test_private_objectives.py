@@ -179,6 +179,98 @@ def test_awp_follows_the_release_and_no_raw_gradient():
     torch.testing.assert_close(moves[0], moves[1], rtol=0, atol=1e-4)
 
 
+def test_a_backward_between_steps_is_not_what_awp_follows():
+    """`p.grad` is anybody's after the step; what was released is not."""
+    inside, at, released = [], [], []
+
+    class Looking(Net):
+        def training_step(self, batch, batch_idx):
+            inside.append(flat(self).clone())
+            return super().training_step(batch, batch_idx)
+
+    class Monitor(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            at.append(flat(pl_module).clone())
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            released.append([p.grad.clone() for p in pl_module.parameters()])
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            with torch.enable_grad():
+                (1000 * F.cross_entropy(pl_module(batch[0]), batch[1])).backward()
+
+    callbacks = [
+        AdversarialTraining(ATTACK, objective=AWP(gamma=0.3)),
+        private(chunk_size=None, selftest=False),
+        Monitor(),
+    ]
+    fit(callbacks, Looking, max_steps=2)
+    module, expected = Net(), []
+    torch.nn.utils.vector_to_parameters(at[1], module.parameters())
+    for p, g in zip(module.parameters(), released[0], strict=True):
+        expected.append(ascent(p.detach(), g, 0.3) if p.ndim > 1 else torch.zeros_like(p))
+    expected = torch.cat([step.flatten() for step in expected])
+    torch.testing.assert_close(inside[1] - at[1], expected, rtol=0, atol=1e-6)
+
+
+class Centred(Objective):
+    """A planted wrong answer: a running mean of logits, which batches after it see."""
+
+    name, inner_loss, start_radius, trains_on, pairs = "centred", "ce", None, "clean", True
+
+    def __init__(self):
+        self.centre = torch.zeros(3)
+
+    def _penalty(self, clean_logits, adv_logits, y):
+        self.centre = self.centre + 0.01 * (clean_logits.detach().mean(0) - self.centre)
+        return (adv_logits - self.centre).pow(2).sum(1)
+
+
+def test_an_objective_that_keeps_something_is_found():
+    with pytest.raises(PrivacyError, match="keeps nothing of a batch, got `centre`"):
+        fit([AdversarialTraining(ATTACK, objective=Centred()), private()])
+
+
+@pytest.mark.parametrize("objective", [Madry(), TRADES()], ids=name)
+def test_known_dropout_masks_are_found_beside_an_attack(objective):
+    class Seeded(Net):
+        def forward(self, x):
+            known = torch.Generator().manual_seed(5)
+            return super().forward(x * (torch.rand(x.shape, generator=known) > 0.3))
+
+    with pytest.raises(PrivacyError, match="random numbers from the global generators"):
+        fit([AdversarialTraining(ATTACK, objective=objective), private()], Seeded)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_attack_with_known_starts_is_found(known):
+    def starting(model, x, y, *, generator=None, chunk_size=None):
+        own = torch.Generator().manual_seed(5) if known else generator
+        return (x + 0.2 * (torch.rand(x.shape, generator=own) - 0.5)).clamp(0, 1)
+
+    callbacks = [AdversarialTraining(starting), private()]
+    if not known:
+        fit(callbacks)
+        return
+    with pytest.raises(PrivacyError, match="the generator that the attack is given"):
+        fit(callbacks)
+
+
+def test_an_attack_that_turns_bad_later_is_found():
+    calls = []
+
+    def late(model, x, y, *, generator=None, chunk_size=None):
+        if model.training is False or len(x) > 6:
+            calls.append(len(x))
+        mixed = x - x.mean(0) if len(calls) > 8 else x
+        return (x + 0.2 * mixed.sign()).clamp(0, 1)
+
+    callback = private()
+    with pytest.raises(PrivacyError, match="adversarial version of a record"):
+        fit([AdversarialTraining(late), callback], max_epochs=4)
+    assert 0 < callback.steps <= 20
+
+
 class Rolled(Objective):
     """A planted wrong answer: the penalty of a record is that of its neighbour."""
 

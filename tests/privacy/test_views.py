@@ -1,18 +1,30 @@
 """Several rows of one record: merged before the one clip, drawn together, tried out together."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from defend import DifferentialPrivacy, InputError, PrivacyError
+from defend import (
+    PGD,
+    AdversarialSettings,
+    DifferentialPrivacy,
+    InputError,
+    Linf,
+    PrivacyError,
+)
 from defend.privacy import PoissonBatchSampler, Randomness
 from defend.privacy.per_record import PerRecordGradients, mean_of_views
 from defend.privacy.selftest import selftest
+from tests.helpers import data
 from tests.privacy.alone import inputs, loss, targets
 from tests.privacy.layer_table import EQUAL
 from tests.privacy.test_step import B, C, make
 from tests.reference.dpsgd import clipped_sum
+from tests.training.loops import mean_loss, net, private, some_steps
 
 RECORDS = 4
 
@@ -162,10 +174,6 @@ def collate(items):
     return x, torch.stack([pair[1] for pair in items for _ in range(2)])
 
 
-def mean_loss(module, batch):
-    return F.cross_entropy(module(batch[0]), batch[1])
-
-
 def tried(loss=mean_loss, **settings):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -217,3 +225,79 @@ def test_an_attack_that_looks_at_the_other_view_is_the_records_own():
 def test_views_out_of_range_are_refused(views):
     with pytest.raises(InputError, match="`views` to be an integer ≥ 1"):
         DifferentialPrivacy(delta=1e-5, max_grad_norm=1.0, noise_multiplier=1.0, views=views)
+
+
+def test_views_that_are_all_alike_are_told():
+    def loop(batches, **settings):
+        return private(net(), batches=batches, views=3, selftest=False, **settings)
+
+    plain = TensorDataset(*data(64).tensors)
+    with pytest.warns(UserWarning, match="views=3 asks .* the same each time"):
+        loop(DataLoader(plain, batch_size=8)).close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop(DataLoader(Augmented(), batch_size=8)).close()
+        attack = AdversarialSettings(PGD(Linf(0.1), steps=1))
+        loop(DataLoader(plain, batch_size=8), adversarial=attack).close()
+
+
+class Augmented(Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return torch.rand(8), index % 3
+
+
+def sizes_of(**settings):
+    """Rows of each batch that the self-test runs."""
+    sizes = []
+
+    def loss(model, batch):
+        sizes.append(len(batch[0]))
+        return mean_loss(model, batch)
+
+    batches = DataLoader(Augmented(), batch_size=32)
+    private(net(), batches=batches, loss=loss, **settings).close()
+    return sizes
+
+
+def test_the_selftest_runs_no_more_rows_at_once_than_training():
+    assert max(sizes_of(views=4, chunk_size=16)) == 16
+    assert max(sizes_of(views=16, chunk_size=16)) == 32  # two records are the least
+    assert max(sizes_of(views=2, chunk_size=None)) == 64
+
+
+def test_a_loss_that_mixes_only_many_records_is_found_with_views_too():
+    def crowded(model, batch):
+        x, y = batch
+        x = x - x.mean(0) if len(x) > 10 * 8 else x
+        return F.cross_entropy(model(x), y)
+
+    with pytest.raises(PrivacyError, match="the same alone and in a batch"):
+        private(net(), batches=DataLoader(Augmented(), batch_size=32), loss=crowded, views=8)
+
+
+def test_views_that_do_not_fit_are_told_so():
+    def greedy(model, batch):
+        raise torch.OutOfMemoryError("out of memory")
+
+    loop = private(net(), batches=DataLoader(Augmented(), batch_size=1), loss=greedy, views=4,
+                   selftest=False)  # fmt: skip
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        some_steps(loop, 1)
+    assert caught.value.__notes__ == ["The 4 views of a record run at once: lower `views`."]
+
+
+def test_a_wrong_count_is_not_outvoted_by_a_right_one():
+    """A layer called on the rows, and on the rows twice over."""
+    for views in (1, 2):
+        module = nn.Linear(6, 3)
+        x, y = torch.randn(8, 6), targets(8)
+        watch = PerRecordGradients(module, views=views)
+        watch._checked.update({("weight", None), ("bias", None)})  # as later in a training
+        watch.expect(8)
+        (loss(module, x, y) + loss(module, torch.cat([x, x]), targets(16))).backward()
+        with pytest.raises(PrivacyError, match="one a record, in the gradient of"):
+            watch.read(8)
+        watch.remove()

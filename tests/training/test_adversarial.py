@@ -1,6 +1,8 @@
 """The core of adversarial training: what is attacked, which forwards run, what is counted."""
 
+import copy
 import dataclasses
+import pickle
 from collections import namedtuple
 
 import pytest
@@ -257,6 +259,22 @@ def test_what_an_attack_from_elsewhere_returns_is_checked():
         attacked(steps_with(lambda model, x, y, **_: x[1:]), net(), (x, y))
     with pytest.raises(InputError, match=r"got \(16, 8\) and torch.float32. Return x_adv in"):
         attacked(steps_with(lambda model, x, y, **_: x.float()), net(), (x, y))
+
+
+@pytest.mark.parametrize("taken", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+                         ids=["copy", "pickle"])  # fmt: skip
+def test_a_copy_made_in_the_step_holds_no_batch(taken):
+    steps, module = steps_with(objective=TRADES()), net()
+    made = attacked(steps, module, batches(1)[0])
+    with steps.step(module, made):
+        module(made.x)
+        (own,) = module._forward_hooks.values()
+        assert len(own.own) == 1
+        (hook,) = taken(module)._forward_hooks.values()
+    assert hook.seen is None
+    assert not hook.own
+    assert own.seen is None  # afterwards
+    assert not module._forward_hooks
 
 
 # --- counts, switching ----------------------------------------------------------------------------

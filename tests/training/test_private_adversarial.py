@@ -46,7 +46,7 @@ def assert_closed_but_gradients(model):
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
 
 
-def test_the_warm_up_counts_batches():
+def test_the_warm_up_counts_epochs():
     sizes = []
 
     def looking(model, batch):
@@ -55,14 +55,14 @@ def test_the_warm_up_counts_batches():
         return mean_loss(model, batch)
 
     real, seen = net(), []
-    adversarial = AdversarialSettings(PGD(Linf(0.2), steps=1, step_size=0.2), warmup_epochs=4)
+    adversarial = AdversarialSettings(PGD(Linf(0.2), steps=1, step_size=0.2), warmup_epochs=0.5)
     with private(real, batches=batches(), loss=looking, adversarial=adversarial,
                  chunk_size=None, selftest=False) as loop:  # fmt: skip
         for batch in loop.loader:
             seen.append(batch[0])
             loop.step(batch)
     assert sizes[:4] == pytest.approx([0.05, 0.10, 0.15, 0.2], abs=1e-6)
-    assert max(sizes[4:]) == pytest.approx(0.2, abs=1e-6)
+    assert max(sizes[4:]) == pytest.approx(0.2, abs=1e-6)  # of 8 batches in an epoch
 
 
 @pytest.mark.parametrize(
@@ -117,3 +117,38 @@ def test_after_an_error_the_weights_are_where_they_were():
         loop.step(next(drawn))
     assert torch.equal(flat(model), before)
     assert_closed(model)
+
+
+@pytest.mark.parametrize(
+    "wrong", [ATTACK, OBJECTIVES[1], "pgd"], ids=["attack", "objective", "str"]
+)
+def test_anything_but_settings_is_refused(wrong):
+    with pytest.raises(InputError, match="`adversarial` to be AdversarialSettings"):
+        private(net(), adversarial=wrong)
+
+
+def test_closing_puts_the_weights_back(monkeypatch):
+    """An interrupt may come between the forward and the backward."""
+    model = net()
+    adversarial = settings(OBJECTIVES[-1])
+    loop = private(model, batches=batches(), adversarial=adversarial, selftest=False)
+    drawn = iter(loop.loader)
+    loop.step(next(drawn))
+    before = flat(model).clone()
+
+    def interrupted(self, backward):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(loop), "_undone_after", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop.step(next(drawn))
+    assert torch.equal(flat(model), before)
+
+
+def test_useless_gradients_are_counted():
+    with private(net(), adversarial=AdversarialSettings(ATTACK), selftest=False) as loop:
+        assert loop.rates() == {}
+        some_steps(loop, 1)
+        assert loop.rates() == {"attack/zero_grad_rate": 0.0, "attack/nonfinite_grad_rate": 0.0}
+    with private(net()) as loop:
+        assert loop.rates() == {}
