@@ -14,6 +14,7 @@ from torch import nn
 from defend.callbacks._seams import Adversary
 from defend.errors import PrivacyError
 from defend.privacy.preconditions import Setup
+from defend.training.tryout import Trial
 
 
 def trainer_facts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Setup:
@@ -94,6 +95,20 @@ class TrainerStep:
         )
         self.half = trainer.precision == "bf16-mixed"
         self._index = 0
+
+    def trial(self) -> Trial:
+        """The parts in which it is tried out."""
+        attacked = self.adversary is not None
+        return Trial(
+            loss=self.loss,
+            transfer=self.transfer,
+            attack=self.attack if attacked else None,
+            attack_anew=self.attack_anew if attacked else None,
+            backward=self.backward,
+            half=self.half,
+            share=self.share(),
+            on_look=self.look,
+        )
 
     def transfer(self, batch: Any) -> Any:
         """A batch on the device, through all batch hooks of module and data module."""

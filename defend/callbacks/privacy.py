@@ -240,18 +240,7 @@ class DifferentialPrivacy(Readings, DefendCallback):
                 "may be public."
             )
         adversary = Seams.of(trainer).adversary
-        step = TrainerStep(trainer, pl_module, adversary)
-        private.try_out(
-            pl_module,
-            step.loss,
-            transfer=step.transfer,
-            attack=None if adversary is None else step.attack,
-            attack_anew=None if adversary is None else step.attack_anew,
-            backward=step.backward,
-            half=step.half,
-            share=step.share(),
-            on_look=step.look,
-        )
+        private.try_out(pl_module, TrainerStep(trainer, pl_module, adversary).trial())
         private.open(
             pl_module,
             trainer.optimizers[0],

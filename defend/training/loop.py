@@ -24,6 +24,7 @@ from defend.training.private import PrivateTraining
 from defend.training.readings import Readings
 from defend.training.settings import PrivacySettings
 from defend.training.tally import rates
+from defend.training.tryout import Trial
 
 LEDGERS = Path("privacy_ledgers")
 
@@ -64,15 +65,15 @@ class PrivateLoop(Readings):
             self._private.start(host.processes)
             self.loader = self._private.replace_loader(loader)
             self.steps_per_epoch = self._share_epoch(loader, host.processes.world_size)
-            self._private.try_out(
-                host.bare,
-                self._whole_loss,
+            trial = Trial(
+                loss=self._whole_loss,
                 transfer=self._to_device,
                 attack=None if adversarial is None else self._attacked,
                 attack_anew=None if adversarial is None else self._attacked_anew,
                 backward=self._undone_after(Tensor.backward),
                 half=self._half,
             )
+            self._private.try_out(host.bare, trial)
             self._planned = epochs * self.steps_per_epoch
             self._private.open(
                 host.bare,

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from defend.privacy.preconditions import Setup, check
 from defend.privacy.randomness import Randomness, make_global_rng_secret
 from defend.privacy.sampling import PoissonBatchSampler, poisson_loader
 from defend.privacy.schedules import factor
-from defend.privacy.selftest import RECORDS, Attack, Backward, Loss, SelfTest
+from defend.privacy.selftest import RECORDS, SelfTest
 from defend.privacy.step import PrivateStep
 from defend.training.account import Account
 from defend.training.chunks import LogicalBatch
 from defend.training.lineage import claim
 from defend.training.processes import Processes
 from defend.training.settings import PrivacySettings
-from defend.training.tryout import TryOut, is_due
+from defend.training.tryout import Trial, TryOut, is_due
 
 ADJACENCY = "add or remove one record"
 SAMPLING = "Poisson"
@@ -214,20 +214,8 @@ class PrivateTraining:
     def _next_step(self) -> int:
         return self.budget.next_step
 
-    def try_out(
-        self,
-        module: nn.Module,
-        loss: Loss,
-        *,
-        transfer: Callable[[Any], Any] = lambda batch: batch,
-        attack: Attack | None = None,
-        attack_anew: Attack | None = None,
-        backward: Backward = Tensor.backward,
-        half: bool = False,
-        share: Sequence[Any] = (),
-        on_look: Callable[[int], None] = lambda turn: None,  # noqa: ARG005
-    ) -> None:
-        """Chunk size and self-test, on records of the data; before `open`. See `TryOut`.
+    def try_out(self, module: nn.Module, trial: Trial) -> None:
+        """Chunk size and self-test, on records of the data; before `open`.
 
         Raises:
             PrivacyError: with everything that was found.
@@ -235,16 +223,9 @@ class PrivateTraining:
         tryout = TryOut(
             module,
             self._known(self._loader),
-            loss,
-            transfer=transfer,
-            attack=attack,
-            attack_anew=attack_anew,
-            backward=backward,
+            trial,
             max_grad_norm=self.max_grad_norm,
             views=self.settings.views,
-            half=half,
-            share=share,
-            on_look=on_look,
         )
         sampler = self._known(self.sampler)
         views = self.settings.views
@@ -252,7 +233,7 @@ class PrivateTraining:
         if next(module.parameters()).device.type == "cuda" and self.settings.chunk_size == "auto":
             rows = rows_that_fit(tryout.peak_bytes, tryout.free_bytes(), most=2 * ordinary)
             sampler.chunk_size = self.processes.broadcast(rows)
-        if views > 1 and attack is None and tryout.views_are_alike():
+        if views > 1 and trial.attack is None and tryout.views_are_alike():
             warnings.warn(
                 f"views={views} asks the data set for each record {views} times, and it gave the "
                 "same each time. Augment in the data set or in a batch hook, or leave `views` out.",

@@ -2,9 +2,10 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from defend.batching.memory import free_bytes
@@ -15,22 +16,48 @@ from defend.privacy.still import seeded
 from defend.training.measure import peak_bytes
 
 
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _unseen(turn: int) -> None:
+    """Nobody waits for a look."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A training step, in the parts in which it is tried out.
+
+    Attributes:
+        loss: (module, batch) → mean loss over the rows, as training computes it.
+        transfer: collated batch → batch on the device, as training sees it.
+        attack: (module, batch) → adversarial batch, or None.
+        attack_anew: the same from other secret numbers.
+        backward: takes a loss through its backward, and undoes what the loss did to the weights.
+        half: whether the step computes in half precision.
+        share: objects that the module may refer to and that are not to be copied with it.
+        on_look: called with 0, 1, 2, … before each look.
+    """
+
+    loss: Loss
+    transfer: Callable[[Any], Any] = _as_it_is
+    attack: Attack | None = None
+    attack_anew: Attack | None = None
+    backward: Backward = Tensor.backward
+    half: bool = False
+    share: Sequence[Any] = ()
+    on_look: Callable[[int], None] = _unseen
+
+
 class TryOut:
     """Runs the self-test, and measures the memory of a step, on a copy of the module.
 
     Args:
         module: the model itself.
         loader: the user's own training loader.
-        loss: (module, batch) → mean loss over the rows, as training computes it.
-        transfer: collated batch → batch on the device, as training sees it.
-        attack: (module, batch) → adversarial batch, or None.
-        attack_anew: the same from other secret numbers.
-        backward: takes a loss through its backward, and undoes what the loss did to the weights.
+        trial: its step.
         max_grad_norm: C.
         views: rows of a record.
-        half: whether the step computes in half precision.
-        share: objects that the module may refer to and that are not to be copied with it.
-        on_look: called with 0, 1, 2, … before each look.
 
     Attributes:
         records: records that are tried; all but one of them are in the batch at once.
@@ -40,24 +67,14 @@ class TryOut:
         self,
         module: nn.Module,
         loader: DataLoader,
-        loss: Loss,
+        trial: Trial,
         *,
-        transfer: Callable[[Any], Any],
-        attack: Attack | None,
-        attack_anew: Attack | None,
-        backward: Backward,
         max_grad_norm: float,
         views: int,
-        half: bool,
-        share: Sequence[Any] = (),
-        on_look: Callable[[int], None] = lambda turn: None,  # noqa: ARG005
     ) -> None:
-        self.module, self.loader, self.loss = module, loader, loss
-        self.transfer, self.attack, self.backward = transfer, attack, backward
-        self.attack_anew, self.views = attack_anew, views
+        self.module, self.loader, self.trial = module, loader, trial
+        self.max_grad_norm, self.views = max_grad_norm, views
         self.records = RECORDS
-        self.max_grad_norm, self.half, self.share = max_grad_norm, half, share
-        self.on_look = on_look
         self._looks = 0
 
     def selftest(self, rows: int | None = None) -> SelfTest | None:
@@ -69,39 +86,39 @@ class TryOut:
         Returns:
             None for a data set of fewer than three records: too few to mix.
         """
-        turn, self._looks = self._looks, self._looks + 1
-        self.on_look(turn)
+        trial, turn, self._looks = self.trial, self._looks, self._looks + 1
+        trial.on_look(turn)
         records = self._records(turn)
         if len(records) < 3:
             return None
         return selftest(
             self.module,
             records,
-            loss=self.loss,
+            loss=trial.loss,
             collate=self._collate,
-            attack=self.attack,
-            attack_anew=self.attack_anew,
-            backward=self.backward,
+            attack=trial.attack,
+            attack_anew=trial.attack_anew,
+            backward=trial.backward,
             views=self.views,
             max_grad_norm=self.max_grad_norm,
-            half=self.half,
+            half=trial.half,
             rows=rows,
             turn=turn,
-            share=self.share,
+            share=trial.share,
         )
 
     def peak_bytes(self, rows: int) -> int:
         """Most bytes that a private step on `rows` rows allocates; on a GPU only."""
-        count = -(-rows // self.views)
+        trial, count = self.trial, -(-rows // self.views)
         records = list(itertools.islice(itertools.cycle(self._records(0)), count))
         return peak_bytes(
             self.module,
-            self.loss,
+            trial.loss,
             self._collate(records),
             rows=count * self.views,
             views=self.views,
-            backward=self.backward,
-            share=self.share,
+            backward=trial.backward,
+            share=trial.share,
         )
 
     def views_are_alike(self) -> bool:
@@ -122,7 +139,7 @@ class TryOut:
 
     def _collate(self, records: list[list[Any]]) -> Any:
         items = [item for record in records for item in record]
-        return self.transfer(self.loader.collate_fn(items))
+        return self.trial.transfer(self.loader.collate_fn(items))
 
 
 def is_due(step: int, epoch: int, *, first_of_epoch: bool) -> bool:
