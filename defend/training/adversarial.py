@@ -19,6 +19,7 @@ from defend.objectives import AWP
 from defend.objectives.awp import PerturbedWeights, perturbation_along, weight_perturbation
 from defend.training.adversarial_settings import AdversarialSettings, radius_of
 from defend.training.foreign import run_foreign
+from defend.training.kept_logits import KeepLogits
 from defend.training.tally import Tally
 
 __all__ = ["AdversarialSettings", "AdversarialSteps", "AttackedBatch"]
@@ -266,7 +267,7 @@ class AdversarialSteps:
     def _kept_logits(self, module: nn.Module, made: AttackedBatch) -> Iterator[None]:
         """Keep the logits of the first call of the module with the batch's inputs as they are."""
         # One of this step's: a compiled module may go on calling the hook of an earlier one.
-        keep = _KeepLogits(get_field(made.batch, self.settings.input_key))
+        keep = KeepLogits(get_field(made.batch, self.settings.input_key))
         self._own = keep.own
         hook = module.register_forward_hook(keep, with_kwargs=True)
         try:
@@ -330,28 +331,3 @@ class AdversarialSteps:
         """Take up where a checkpoint was."""
         if self._free is not None and "free" in state:
             self._free.load_state_dict(state["free"])
-
-
-class _KeepLogits:
-    """Forward hook: the logits of the first call with `seen` as it is, and where they stood.
-
-    A module that is copied or pickled in its training step takes the hook along, without what it
-    holds.
-    """
-
-    def __init__(self, seen: Any) -> None:
-        self.seen = seen
-        self.own: list[tuple[Tensor, int]] = []
-
-    def __call__(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        given = [*args, *kwargs.values()]
-        if self.seen is None or self.own or len(given) != 1 or given[0] is not self.seen:
-            return
-        logits = logits_of(output)
-        if logits.requires_grad:
-            self.own.append((logits, logits._version))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _KeepLogits, (None,)

@@ -10,7 +10,7 @@ from defend.batching import memory
 from defend.privacy.mechanism import clip_and_sum
 from defend.privacy.per_record import PerRecordGradients
 from defend.privacy.probe import copy_for_probe
-from defend.privacy.selftest import Backward, Loss
+from defend.privacy.probed_step import Backward, Loss
 
 
 def step_on(

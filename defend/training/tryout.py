@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from defend.batching.memory import free_bytes
 from defend.privacy.probe import tensors_of
 from defend.privacy.probe_records import probe_positions
-from defend.privacy.selftest import RECORDS, Attack, Backward, Loss, SelfTest, selftest
+from defend.privacy.probed_step import Attack, Backward, Loss
+from defend.privacy.selftest import RECORDS, SelfTest, selftest
 from defend.privacy.still import seeded
 from defend.training.measure import peak_bytes
 
