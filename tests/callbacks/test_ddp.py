@@ -25,9 +25,11 @@ ATTACK = PGD(Linf(0.1), steps=2, random_start=False)
         "lightning exact",
         "lightning robust",
         "lightning both",
+        "lightning objectives",
         "lightning empty ranks",
         "lightning adaptive",
         "three",
+        "three objectives",
         "three empty ranks",
     ],
 )

@@ -294,8 +294,14 @@ def test_a_forward_that_mixes_records_is_found(objective, views):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=name)
-def test_an_attack_that_mixes_records_is_found(objective):
+@pytest.mark.parametrize("universal", [True, False])
+def test_an_attack_that_mixes_records_is_found(objective, universal):
     def mixing(model, x, y, *, generator=None, chunk_size=None):
+        if universal:  # one perturbation for all, up the mean gradient
+            x = x.detach().requires_grad_()
+            with torch.enable_grad():
+                (g,) = torch.autograd.grad(F.cross_entropy(model(x), y), x)
+            return (x.detach() + 20 * g.sum(0)).clamp(0, 1)
         return (x + 0.2 * (x - x.mean(0)).sign()).clamp(0, 1)
 
     with pytest.raises(PrivacyError, match="would not be private"):
@@ -321,3 +327,19 @@ def test_no_private_gradient_stays_after_an_error():
         fit([callback, guard], make, loader(256, BATCH))
     assert all(p.grad is None and vars(p) == {} for p in modules[0].parameters())
     assert not any(m._forward_hooks for m in modules[0].modules())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=name)
+def test_on_cuda(objective, precision):
+    results = []
+    for chunk_size in (None, 10):
+        callback = private(chunk_size=chunk_size, views=2)
+        adversarial = AdversarialTraining(ATTACK, objective=objective)
+        module = fit([adversarial, callback], batches=loader(256, BATCH), max_steps=4,
+                     accelerator="gpu", precision=precision)  # fmt: skip
+        results.append(flat(module).cpu())
+        assert callback.steps == 4
+    tolerance = 1e-4 if precision == "32-true" else 2e-2
+    torch.testing.assert_close(*results, rtol=0, atol=tolerance)

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from defend import PGD, AdversarialTraining, DifferentialPrivacy, Linf, RobustnessEvaluation
+from defend.objectives import AWP, MART, TRADES, Madry
 from defend.privacy import AdaptiveClipping, Randomness
 from defend.training import make_private
 from tests.helpers import Net, data, flat, trainer
@@ -36,7 +37,8 @@ SIGMA = 1.5
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 180  # seconds, for a whole program
 WAIT = 30  # seconds that one process waits for another
-ATTACK = PGD(Linf(0.1), steps=2, random_start=False)
+# No random start, which each rank has for itself, and no loss of the objective's, which needs one.
+ATTACK = PGD(Linf(0.1), steps=2, random_start=False, loss="margin")
 
 
 def mlp():
@@ -150,7 +152,8 @@ def lightning(world, *, records=64, batch=16, epochs=2, lr=0.05, net=Net, privat
     watch = Watch(callback)
     callbacks = [callback] if private else []
     if robust:
-        callbacks.append(AdversarialTraining(ATTACK))
+        objective = Madry() if robust is True else robust
+        callbacks.append(AdversarialTraining(ATTACK, objective=objective))
         callbacks.append(RobustnessEvaluation({"pgd": ATTACK}, curve_records=0))
     run = trainer(
         callbacks=[*callbacks, watch, Spoil(spoil, callback)],
@@ -240,6 +243,10 @@ CASES = {
         "lightning", {"batch": 64, "private": False, "robust": True},
     ),
     "lightning both": ("lightning", {"robust": True, "noise_multiplier": 0.8, "chunk_size": FEW}),
+    "lightning objectives": (
+        "lightning",
+        {"robust": AWP(TRADES(), gamma=0.1), "views": 2, "chunk_size": FEW},
+    ),
     "lightning empty ranks": ("lightning", {"records": 12, "batch": 2, "epochs": 6}),
     "lightning adaptive": ("lightning", {"clipping": AdaptiveClipping()}),
     "lightning no seed": ("lightning", {"insecure_seed": None, "noise_multiplier": 1.0}),
@@ -253,6 +260,10 @@ CASES = {
     "three": (
         "lightning",
         {"records": 60, "batch": 15, "robust": True, "noise_multiplier": 0.8, "chunk_size": FEW},
+    ),
+    "three objectives": (
+        "lightning",
+        {"records": 60, "batch": 15, "robust": MART(), "views": 3, "chunk_size": FEW},
     ),
     "three empty ranks": ("lightning", {"records": 12, "batch": 3, "epochs": 6}),
     # Last: while one rank waits for another, nothing else can be said to it.
