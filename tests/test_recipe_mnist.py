@@ -33,7 +33,18 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def printed(file):
-    settings = ["--epochs", "3", "--batch-size", "500", "--attacked", "6", "--seeds", "0"]
+    settings = [
+        "--epochs",
+        "3",
+        "--batch-size",
+        "500",
+        "--attacked",
+        "6",
+        "--longer",
+        "2",
+        "--seeds",
+        "0",
+    ]
     process = subprocess.run(
         [sys.executable, ROOT / "recipes" / "mnist_robust_private.py", "--data-file", file,
          "--runs", "robust and private", "plain", "--output", file.parent / "out", *settings],
@@ -53,8 +64,11 @@ def test_it_trains_and_measures(printed, file):
     assert both["clean"] > 30  # 1,500 records at ε = 1: mostly noise
     for result in (both, plain):
         assert result["autoattack"] * 6 / 100 == pytest.approx(round(result["autoattack"] * 0.06))
+        assert result["longer"] in (0, 50, 100)
     lines = (file.parent / "out" / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == last["results"]
+    kept = [json.loads(line) for line in lines]
+    assert [line.pop("settings")["contrast"] for line in kept] == [10.0, 10.0]
+    assert kept == last["results"]
     assert f"| robust and private | {both['epsilon']:.3f} |" in printed
 
 
@@ -75,13 +89,11 @@ def test_its_epsilon_by_a_second_accountant(printed, file):
 
 
 def test_the_table_has_means_and_each_seed():
-    runs = [
-        {"run": "both", "epsilon": 1.039, "clean": c, "autoattack": a, "train_seconds": 60.0}
-        for c, a in ((97.0, 80.0), (98.0, 83.0))
-    ]
-    assert "| both | 1.039 | 97.50 | 81.5 | 97.00 / 80.0, 98.00 / 83.0 | 1.0 |" in recipe.table(
-        runs
-    )
+    figures = {"run": "both", "epsilon": 1.039, "longer": 79.0, "train_seconds": 60.0}
+    runs = [{**figures, "clean": 97.0, "autoattack": 80.0}]
+    runs.append({**figures, "clean": 98.0, "autoattack": 83.0})
+    expected = "| both | 1.039 | 97.50 | 81.5 | 79.0 | 97.00 / 80.0, 98.00 / 83.0 | 1.0 |"
+    assert expected in recipe.table(runs)
 
 
 def test_held_out_images_are_training_images_and_the_same_each_time():

@@ -53,6 +53,8 @@ class TorchAttack:
     All attacks of `torchattacks.__all__` work, untargeted, except LGV and MultiAttack. Where
     they need more than a classifier:
 
+    - AutoAttack runs 10 steps of APGD, APGDT and FAB, where its authors take 100, and 5,000 queries
+      of Square. For theirs name the four: `TorchAttack("APGD", {..., "steps": 100})` and so on.
     - APGDT and AutoAttack need 4 classes, the loss "dlr" and AutoAttack's version "rand" 3.
       `n_classes`, left out, is what the model has, at most 10.
     - DIFGSM, TIFGSM and Pixle need square images; TIFGSM and Pixle 3 channels; Square and

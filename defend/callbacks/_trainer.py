@@ -151,10 +151,10 @@ class TrainerStep:
         assert self.adversary is not None
         return self.adversary.transform(batch, module)
 
-    def attack_anew(self, module: nn.Module, batch: Any) -> Any:
+    def attack_anew(self, module: nn.Module, batch: Any, number: int) -> Any:
         """The same from other secret numbers."""
         assert self.adversary is not None
-        return self.adversary.transform(batch, module, anew=True)
+        return self.adversary.transform(batch, module, anew=number)
 
     def backward(self, loss: torch.Tensor) -> None:
         """A backward on the copy, whose weights are then where they were."""

@@ -20,7 +20,6 @@ from defend.callbacks.privacy import DifferentialPrivacy
 from defend.errors import InputError
 from defend.evaluation.overfitting import OverfittingAlarm
 from defend.objectives import Madry, Objective
-from defend.objectives.base import keeps_nothing
 from defend.training.adversarial import AdversarialSettings, AdversarialSteps, AttackedBatch
 from defend.training.stopwatch import Stopwatch
 from defend.training.tally import rates
@@ -62,7 +61,8 @@ class AdversarialTraining(DefendCallback):
             runs, whose forwards and backwards are over by then.
         clean_fraction: part of the records of each batch that stay clean, in [0, 1). With the
             `views` of `DifferentialPrivacy`, part of each record's views.
-        warmup_epochs: eps grows linearly from 0 over so many epochs (Gowal et al. 2020), step by
+        warmup_epochs: eps grows linearly from 0 over so many epochs (Pang et al. 2020, arXiv
+            2010.00467), step by
             step; epoch by epoch, from eps / warmup_epochs on, where the loader has no length.
         alarm: looks out for catastrophic overfitting, to which one-step attacks are prone: a few
             records are attacked with PGD now and then (`OverfittingAlarm`, which can go on with
@@ -112,7 +112,7 @@ class AdversarialTraining(DefendCallback):
     def _start_anew(self) -> None:
         """As new: nothing of a training before, of another model perhaps, goes into the next."""
         self._steps = AdversarialSteps(self._settings)
-        self._tried = AdversarialSteps(self._settings)  # on copies: at full strength, not counted
+        self._tried = AdversarialSteps(self._settings, tried=True)
         self._watch = _alarm.chosen_watch(self._alarm, self._steps.attack)
         self._warned = self._switched = False
         self._seed: int | None = None
@@ -177,7 +177,7 @@ class AdversarialTraining(DefendCallback):
         return self._settings.moves_weights
 
     def transform(
-        self, batch: Any, module: torch.nn.Module, *, anew: bool = False
+        self, batch: Any, module: torch.nn.Module, *, anew: int | None = None
     ) -> AttackedBatch:
         """The batch, clean and attacked; the batch itself is untouched.
 
@@ -219,10 +219,9 @@ class AdversarialTraining(DefendCallback):
             steps, released = self._tried, dict(module.named_parameters())
             if not isinstance(made, AttackedBatch):
                 made = steps.unattacked(made)
-        with keeps_nothing(steps.settings.objective) if steps is self._tried else nullcontext():
-            return steps.run(
-                module, made, step, add=with_penalty, precision=precision, released=released
-            )
+        return steps.run(
+            module, made, step, add=with_penalty, precision=precision, released=released
+        )
 
     @contextmanager
     def backward(self) -> Iterator[None]:

@@ -266,7 +266,7 @@ class DifferentialPrivacy(Readings, DefendCallback):
         """The last released gradient, for an adversary that moves the weights."""
         return self._private.released
 
-    def attack_generator(self, device: torch.device, *, anew: bool = False) -> torch.Generator:
+    def attack_generator(self, device: torch.device, *, anew: int | None = None) -> torch.Generator:
         """Secret numbers for the random starts of this rank's records in the current step."""
         return self._private.attack_generator(device, anew=anew)
 

@@ -1,15 +1,11 @@
 """What adversarial training minimizes, and on which of the two batches."""
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, final
+from typing import Literal, final
 
-import torch
 from torch import Tensor
 
-from defend.errors import InputError, PrivacyError
+from defend.errors import InputError
 from defend.objectives.losses import cross_entropy, in_full_precision
 
 
@@ -105,38 +101,6 @@ class Objective(ABC):
                 "on the clean batch as well."
             )
         return clean_logits
-
-
-@contextmanager
-def keeps_nothing(objective: Objective) -> Iterator[None]:
-    """Inside, an objective may not change: what it kept would carry records to other batches.
-
-    Raises:
-        PrivacyError: if it did.
-    """
-    before = _state(objective)
-    yield
-    after = _state(objective)
-    changed = [name for name in after if name not in before or not _same(before[name], after[name])]
-    if changed:
-        raise PrivacyError(
-            f"Expected an objective that keeps nothing of a batch, got `{changed[0]}`, which "
-            f"{type(objective).__name__} changed in the step: it would carry records to other "
-            "batches without noise. Compute the loss from its arguments alone."
-        )
-
-
-def _state(objective: Objective) -> dict[str, Any]:
-    return copy.deepcopy({k: v for k, v in vars(objective).items() if not callable(v)})
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    try:
-        return bool(one == other)
-    except Exception:  # arrays and the like, that do not compare to one truth
-        return repr(one) == repr(other)
 
 
 def _check(logits: Tensor, y: Tensor) -> None:

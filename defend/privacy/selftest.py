@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from defend.errors import InputError, PrivacyError
 from defend.privacy.probe import copy_for_probe
-from defend.privacy.probed_step import Attack, Backward, Loss, ProbedStep
+from defend.privacy.probed_step import Anew, Attack, Backward, Loss, ProbedStep
 from defend.privacy.still import seeded
 
 RECORDS = 7  # six in the batch, one to take another's place
@@ -63,7 +63,7 @@ def selftest(
     loss: Loss,
     collate: Callable[[list[Any]], Any],
     attack: Attack | None = None,
-    attack_anew: Attack | None = None,
+    attack_anew: Anew | None = None,
     backward: Backward = Tensor.backward,
     max_grad_norm: float = 1.0,
     views: int = 1,
@@ -81,7 +81,8 @@ def selftest(
         collate: items → batch, on the right device.
         attack: (module, batch) → adversarial batch, or None. It must draw the same numbers at each
             call.
-        attack_anew: the same attack from other secret numbers, to see whether it uses them.
+        attack_anew: (module, batch, number) → the same attack from other secret numbers, those of
+            `number`, to see whether it uses them.
         backward: takes what comes from `loss` through its backward; for a loss that moves the
             weights until then, and has to put them back.
         max_grad_norm: C.

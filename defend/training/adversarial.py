@@ -17,6 +17,7 @@ from defend.batching.fields import get_field, with_field
 from defend.errors import InputError
 from defend.objectives import AWP
 from defend.objectives.awp import PerturbedWeights, perturbation_along, weight_perturbation
+from defend.objectives.stateless import Memoryless
 from defend.training.adversarial_settings import AdversarialSettings, radius_of
 from defend.training.foreign import run_foreign
 from defend.training.kept_logits import KeepLogits
@@ -61,14 +62,20 @@ class AdversarialSteps:
     The last two kinds of forward run in the module's own mode: BatchNorm sees the batch of the
     user's forward first, then the other one, and each has a dropout mask of its own.
 
+    Args:
+        settings: what is asked for.
+        tried: whether they only try a private step out, on copies of the module. The objective is
+            then held to keeping nothing from batch to batch.
+
     Attributes:
         settings: what was asked for.
         attack: what is used now; the alarm may have switched it.
         tally: input gradients computed, and those that were of no use.
     """
 
-    def __init__(self, settings: AdversarialSettings) -> None:
+    def __init__(self, settings: AdversarialSettings, *, tried: bool = False) -> None:
         self.settings = settings
+        self._memoryless = Memoryless() if tried else None
         self.switch(settings.training_attack())
         self._weights: PerturbedWeights | None = None
         self._own: list[tuple[Tensor, int]] = []
@@ -300,6 +307,8 @@ class AdversarialSteps:
             first = logits_of(module(made.x if sees_clean else made.x_adv))
         other = logits_of(module(made.x_adv if sees_clean else made.x))
         clean, adv = (first, other) if sees_clean else (other, first)
+        if self._memoryless is not None:
+            self._memoryless.check(objective, clean, adv, made.y)
         return objective.penalty(clean, adv, made.y).mean()
 
     def after_backward(self) -> None:

@@ -19,8 +19,8 @@ from defend.threat.inputs import InputSpace
 class AdversarialSettings:
     """Settings of adversarial training; `AdversarialTraining` and `make_adversarial` explain them.
 
-    `warmup_epochs` is counted as the loop counts: in epochs by a Trainer, in batches by a loop of
-    your own.
+    `warmup_epochs` is counted as the loop counts: in epochs by a Trainer and by `make_private`, in
+    batches by `make_adversarial`, which calls it `warmup_steps`.
 
     Raises:
         InputError: for settings out of range, or that do not go together.

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from defend.batching.fields import with_field
 from defend.errors import InputError
-from defend.objectives.base import keeps_nothing
 from defend.training.adversarial import AdversarialSettings, AdversarialSteps, AttackedBatch
 from defend.training.host import Host
 from defend.training.private import PrivateTraining
@@ -38,7 +37,7 @@ class PrivateAdversary:
         settings.refuse_beside_privacy()
         self.settings = settings
         self.steps = AdversarialSteps(settings)
-        self._tried = AdversarialSteps(settings)
+        self._tried = AdversarialSteps(settings, tried=True)
 
     def as_taken(self, host: Host, batch: Any) -> Any:
         """The batch with its inputs in the precision that the model takes."""
@@ -54,7 +53,7 @@ class PrivateAdversary:
         host: Host,
         private: PrivateTraining,
         epochs: float,
-        anew: bool = False,
+        anew: int | None = None,
     ) -> AttackedBatch:
         """The batch, clean and attacked: each record on its own, from secret random numbers."""
         real = module is host.bare
@@ -87,15 +86,13 @@ class PrivateAdversary:
         bare = host.bare if real else model
         # On a copy any direction will do for AWP; the weights' own is at hand.
         released = private.released if real else dict(bare.named_parameters())
-        guard = contextlib.nullcontext() if real else keeps_nothing(self.settings.objective)
-        with guard:
-            return steps.run(
-                bare,
-                made,
-                lambda batch: loss(model, batch),
-                precision=host.autocast,
-                released=released,
-            )
+        return steps.run(
+            bare,
+            made,
+            lambda batch: loss(model, batch),
+            precision=host.autocast,
+            released=released,
+        )
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:

@@ -69,7 +69,7 @@ class PrivateLoop(Readings):
                 loss=self._whole_loss,
                 transfer=self._to_device,
                 attack=None if adversarial is None else self._attacked,
-                attack_anew=None if adversarial is None else self._attacked_anew,
+                attack_anew=None if adversarial is None else self._attacked,
                 backward=self._undone_after(Tensor.backward),
                 half=self._half,
             )
@@ -201,7 +201,7 @@ class PrivateLoop(Readings):
         batch = self._host.to_device(batch)
         return batch if self._adversary is None else self._adversary.as_taken(self._host, batch)
 
-    def _attacked(self, module: nn.Module, batch: Any, *, anew: bool = False) -> AttackedBatch:
+    def _attacked(self, module: nn.Module, batch: Any, anew: int | None = None) -> AttackedBatch:
         assert self._adversary is not None
         return self._adversary.attacked(
             module,
@@ -211,9 +211,6 @@ class PrivateLoop(Readings):
             epochs=(self._taken + 1) / self.steps_per_epoch,
             anew=anew,
         )
-
-    def _attacked_anew(self, module: nn.Module, batch: Any) -> AttackedBatch:
-        return self._attacked(module, batch, anew=True)
 
     def _whole_loss(self, model: nn.Module, batch: Any) -> Tensor:
         if self._adversary is None:

@@ -303,20 +303,17 @@ class PrivateTraining:
         """The last released gradient, by parameter name; empty before the first, or unasked."""
         return self._known(self._step).released
 
-    def attack_generator(self, device: torch.device, *, anew: bool = False) -> torch.Generator:
+    def attack_generator(self, device: torch.device, *, anew: int | None = None) -> torch.Generator:
         """Secret numbers for the random starts of this rank's records in the current step.
 
         Args:
             device: where they are drawn.
-            anew: others, for trying the attack out.
+            anew: others, of this number, for trying the attack out.
         """
-        randomness = self._known(self._randomness)
-        return randomness.generator(
-            "probe" if anew else "attack",
-            self.budget.next_step,
-            device,
-            rank=self.processes.rank,
-        )
+        randomness, rank = self._known(self._randomness), self.processes.rank
+        if anew is not None:
+            return randomness.generator("probe", anew, device, rank=rank)
+        return randomness.generator("attack", self.budget.next_step, device, rank=rank)
 
     # --- afterwards -------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from defend.batching.memory import free_bytes
 from defend.privacy.probe import tensors_of
 from defend.privacy.probe_records import probe_positions
-from defend.privacy.probed_step import Attack, Backward, Loss
+from defend.privacy.probed_step import Anew, Attack, Backward, Loss
 from defend.privacy.selftest import RECORDS, SelfTest, selftest
 from defend.privacy.still import seeded
 from defend.training.measure import peak_bytes
@@ -33,7 +33,7 @@ class Trial:
         loss: (module, batch) → mean loss over the rows, as training computes it.
         transfer: collated batch → batch on the device, as training sees it.
         attack: (module, batch) → adversarial batch, or None.
-        attack_anew: the same from other secret numbers.
+        attack_anew: (module, batch, number) → the same from other secret numbers.
         backward: takes a loss through its backward, and undoes what the loss did to the weights.
         half: whether the step computes in half precision.
         share: objects that the module may refer to and that are not to be copied with it.
@@ -43,7 +43,7 @@ class Trial:
     loss: Loss
     transfer: Callable[[Any], Any] = _as_it_is
     attack: Attack | None = None
-    attack_anew: Attack | None = None
+    attack_anew: Anew | None = None
     backward: Backward = Tensor.backward
     half: bool = False
     share: Sequence[Any] = ()

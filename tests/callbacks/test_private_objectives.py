@@ -1,5 +1,7 @@
 """Every objective beside DifferentialPrivacy, one view or several, against a loop over records."""
 
+import threading
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -31,8 +33,8 @@ class Recording(AdversarialTraining):
         super().__init__(*args, **settings)
         self.made = []
 
-    def transform(self, batch, module):
-        made = super().transform(batch, module)
+    def transform(self, batch, module, *, anew=None):
+        made = super().transform(batch, module, anew=anew)
         self.made.append(made)
         return made
 
@@ -227,8 +229,42 @@ class Centred(Objective):
 
 
 def test_an_objective_that_keeps_something_is_found():
-    with pytest.raises(PrivacyError, match="keeps nothing of a batch, got `centre`"):
-        fit([AdversarialTraining(ATTACK, objective=Centred()), private()])
+    for objective in (Centred(), AWP(Centred(), gamma=0.1)):
+        with pytest.raises(PrivacyError, match="keeps nothing of a batch, got "):
+            fit([AdversarialTraining(ATTACK, objective=objective), private()])
+
+
+class Counting(Objective):
+    """Keeps what does not show in its loss: a lock, a counter, the last loss with its graph."""
+
+    name, inner_loss, start_radius, trains_on, pairs = "counting", "ce", None, "clean", True
+
+    def __init__(self):
+        self.lock, self.calls, self.nan, self.last = threading.Lock(), 0, float("nan"), None
+
+    def _penalty(self, clean_logits, adv_logits, y):
+        with self.lock:
+            self.calls += 1
+        self.last = (clean_logits - adv_logits).pow(2).sum(1)
+        return self.last * (torch.rand(len(self.last)) < 2)
+
+
+def test_an_objective_that_keeps_what_does_not_show_is_no_matter():
+    for objective in (Counting(), AWP(Counting(), gamma=0.1)):
+        callback = private()
+        fit([AdversarialTraining(ATTACK, objective=objective), callback], max_steps=1)
+        assert callback.steps == 1
+
+
+@pytest.mark.parametrize("records", [3, 64])
+def test_coins_are_not_mistaken_for_known_numbers(records):
+    """An attack without random start depends on its numbers by the coins alone."""
+    attack = PGD(Linf(0.2), steps=1, random_start=False)
+    for seed in range(12):
+        guard = private(insecure_seed=seed)
+        callbacks = [AdversarialTraining(attack, clean_fraction=0.2), guard]
+        fit(callbacks, batches=loader(records, records), max_steps=1)
+        assert guard.steps == 1
 
 
 @pytest.mark.parametrize("objective", [Madry(), TRADES()], ids=name)
