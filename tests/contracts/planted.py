@@ -23,12 +23,12 @@ from tests.contracts.sensitivity import ATTACK, C, Combination, Record, augmente
 from tests.contracts.small import flat
 
 
-def by_hand(loss, batch: list[Record], *, views: int = 1) -> Tensor:
+def by_hand(loss, batch: list[Record]) -> Tensor:
     """Per-record gradients of `loss(model, x, x_adv, y)`, summed over rows, clipped and added."""
     model = net()
     x, y = augmented(batch)
     x_adv = ATTACK(model, x, y)
-    watch = PerRecordGradients(model, loss_reduction="sum", views=views)
+    watch = PerRecordGradients(model, loss_reduction="sum")
     try:
         rows, backwards = loss(model, x, x_adv, y)
         total = None
