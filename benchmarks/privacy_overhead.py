@@ -36,8 +36,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import defend
-from defend.privacy.budget import Budget
-from defend.privacy.ledger import Ledger
+from defend.privacy.accounting.budget import Budget
+from defend.privacy.accounting.ledger import Ledger
 from defend.training.account import Account
 from defend.training.tryout import TryOut
 

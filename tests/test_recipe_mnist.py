@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
 from recipes import mnist_robust_private as recipe
-from tests.privacy.test_accounting import second_opinion
+from tests.privacy.accounting.test_calibration import second_opinion
 
 ROOT = Path(__file__).parents[1]
 

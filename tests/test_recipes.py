@@ -48,7 +48,7 @@ def test_the_printed_epsilon_by_a_second_accountant(quickstart):
     """From (σ, q, steps, δ) as MLflow has them, by dp-accounting."""
     from mlflow import MlflowClient
 
-    from tests.privacy.test_accounting import second_opinion
+    from tests.privacy.accounting.test_calibration import second_opinion
 
     client = MlflowClient(f"sqlite:///{quickstart[0]}/mlflow.db")
     experiment = client.get_experiment_by_name("defend-quickstart")

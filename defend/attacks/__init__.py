@@ -5,7 +5,7 @@ from defend.attacks.context import no_trace
 from defend.attacks.free import Free
 from defend.attacks.pgd import PGD
 from defend.attacks.presets import fgsm_rs, n_fgsm
-from defend.attacks.torchattacks import TorchAttack
+from defend.attacks.torchattacks.adapter import TorchAttack
 
 __all__ = [
     "PGD",

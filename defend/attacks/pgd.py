@@ -8,12 +8,12 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from defend.attacks import graphs
 from defend.attacks.ascent import Ascent, Best, Model, PerRecordLoss, Problem
 from defend.attacks.attack import AttackResult
-from defend.attacks.climb import Climb
 from defend.attacks.context import logits_of, no_trace
+from defend.attacks.cuda_graphs import cache as graphs
 from defend.attacks.precision import PRECISIONS, Context, as_now, autocast, keeps_casts
+from defend.attacks.restarts import Climb
 from defend.attacks.sizing import ChunkSize
 from defend.batching.chunks import check_chunk_size
 from defend.batching.memory import SHARE

@@ -13,7 +13,7 @@ from torch import nn
 
 from defend.callbacks._seams import Adversary
 from defend.errors import PrivacyError
-from defend.privacy.preconditions import Setup
+from defend.privacy.checks.preconditions import Setup
 from defend.training.tryout import Trial
 
 

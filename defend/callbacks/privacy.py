@@ -17,9 +17,9 @@ from defend.callbacks._trainer import (
     without_graph,
 )
 from defend.errors import InputError, PrivacyError
-from defend.privacy.clipping import Clipping, FlatClipping
-from defend.privacy.preconditions import Setup, check
-from defend.privacy.schedules import Schedule
+from defend.privacy.checks.preconditions import Setup, check
+from defend.privacy.mechanism.clipping import Clipping, FlatClipping
+from defend.privacy.mechanism.schedules import Schedule
 from defend.training.private import PrivateTraining
 from defend.training.processes import Processes
 from defend.training.readings import Readings
@@ -51,9 +51,9 @@ class DifferentialPrivacy(Readings, DefendCallback):
 
     *Guarantee.* After training, the weights are (`epsilon`, δ)-DP for adding or removing one
     record; `defend.privacy` says what is and is not covered. What would break it in silence is
-    refused before the first step: set-ups by a table (`defend.privacy.preconditions`), and what the
-    module's forward and loss do by a self-test on a copy of it and seven records. The loss has to
-    be the plain mean over rows of what each row alone gives.
+    refused before the first step: set-ups by a table (`defend.privacy.checks.preconditions`), and
+    what the module's forward and loss do by a self-test on a copy of it and seven records. The loss
+    has to be the plain mean over rows of what each row alone gives.
 
     Every step is written to a ledger on disk before it is taken, so that ε survives a crash, and a
     rollback to an older checkpoint does not refund it. A resume finds its ledger by the checkpoint.

@@ -61,24 +61,19 @@ the noise (Mironov 2012), unless `secure_noise=True` makes them costly (Holohan 
 arXiv 2107.10138). Time and memory that a step takes.
 """
 
-from defend.privacy.accounting import (
-    Segment,
-    affordable_steps,
-    epsilon,
-    noise_multiplier_for,
-    scheduled,
-)
-from defend.privacy.budget import Budget
-from defend.privacy.clipping import AdaptiveClipping, FlatClipping, PerLayerClipping
-from defend.privacy.curve import EpsilonCurve
-from defend.privacy.fingerprint import data_digest
-from defend.privacy.ledger import Ledger, read_ledger
-from defend.privacy.mechanism import add_noise_, clip_and_sum
-from defend.privacy.randomness import Randomness
-from defend.privacy.sampling import PoissonBatchSampler
-from defend.privacy.schedules import Decay
-from defend.privacy.selftest import SelfTest, selftest
-from defend.privacy.step import PrivateStep
+from defend.privacy.accounting.budget import Budget
+from defend.privacy.accounting.calibration import affordable_steps, noise_multiplier_for
+from defend.privacy.accounting.curve import EpsilonCurve, epsilon
+from defend.privacy.accounting.fingerprint import data_digest
+from defend.privacy.accounting.history import Segment, scheduled
+from defend.privacy.accounting.ledger import Ledger, read_ledger
+from defend.privacy.checks.selftest import SelfTest, selftest
+from defend.privacy.mechanism.clipping import AdaptiveClipping, FlatClipping, PerLayerClipping
+from defend.privacy.mechanism.gaussian import add_noise_, clip_and_sum
+from defend.privacy.mechanism.randomness import Randomness
+from defend.privacy.mechanism.sampling import PoissonBatchSampler
+from defend.privacy.mechanism.schedules import Decay
+from defend.privacy.mechanism.step import PrivateStep
 
 __all__ = [
     "AdaptiveClipping",

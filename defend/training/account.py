@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from defend.privacy.accounting import History
-from defend.privacy.ledger import Anchor, Ledger
+from defend.privacy.accounting.history import History
+from defend.privacy.accounting.ledger import Anchor, Ledger
 from defend.training.processes import Processes
 from defend.training.settings import PrivacySettings
 

@@ -13,7 +13,7 @@ from defend.attacks.free import Free
 from defend.batching.fields import with_field
 from defend.errors import InputError
 from defend.objectives import Madry, Objective
-from defend.privacy.randomness import Randomness
+from defend.privacy.mechanism.randomness import Randomness
 from defend.training.adversarial import AdversarialSettings, AdversarialSteps, AttackedBatch
 from defend.training.host import Host, Loss
 from defend.training.tally import rates

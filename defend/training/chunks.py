@@ -9,8 +9,8 @@ import torch
 
 from defend.batching.chunks import count_rows, even_bounds, slice_rows
 from defend.errors import PrivacyError
-from defend.privacy.sampling import PoissonBatchSampler
-from defend.privacy.step import PrivateStep
+from defend.privacy.mechanism.sampling import PoissonBatchSampler
+from defend.privacy.mechanism.step import PrivateStep
 from defend.training.processes import Processes
 
 

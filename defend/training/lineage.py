@@ -6,7 +6,7 @@ from collections.abc import Callable, MutableMapping
 from torch import nn
 
 from defend.errors import PrivacyError
-from defend.privacy.budget import Budget
+from defend.privacy.accounting.budget import Budget
 
 # Models that were trained privately in this process: their fits, the digest of their data, and ε.
 _TRAINED: MutableMapping[nn.Module, tuple[set[str], str, Callable[[], float]]] = (

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 
 from defend.errors import InputError, PrivacyError
-from defend.privacy.clipping import Clipping, FlatClipping
-from defend.privacy.preconditions import Setup, check
-from defend.privacy.schedules import Schedule
+from defend.privacy.checks.preconditions import Setup, check
+from defend.privacy.mechanism.clipping import Clipping, FlatClipping
+from defend.privacy.mechanism.schedules import Schedule
 from defend.training.adversarial import AdversarialSettings, AttackedBatch
 from defend.training.beside import PrivateAdversary
 from defend.training.host import Host, Loss

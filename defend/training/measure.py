@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from defend.batching import memory
-from defend.privacy.mechanism import clip_and_sum
-from defend.privacy.per_record import PerRecordGradients
-from defend.privacy.probe import copy_for_probe
-from defend.privacy.probed_step import Backward, Loss
+from defend.privacy.checks.module_copy import copy_for_probe
+from defend.privacy.checks.probed_step import Backward, Loss
+from defend.privacy.gradients.per_record import PerRecordGradients
+from defend.privacy.mechanism.gaussian import clip_and_sum
 
 
 def step_on(

@@ -14,15 +14,15 @@ from torch.utils.data import DataLoader
 
 from defend.batching.memory import rows_that_fit
 from defend.errors import PrivacyError
-from defend.privacy.budget import Budget
-from defend.privacy.clipping import AdaptiveClipping
-from defend.privacy.fingerprint import data_digest
-from defend.privacy.preconditions import Setup, check
-from defend.privacy.randomness import Randomness, make_global_rng_secret
-from defend.privacy.sampling import PoissonBatchSampler, poisson_loader
-from defend.privacy.schedules import factor
-from defend.privacy.selftest import RECORDS, SelfTest
-from defend.privacy.step import PrivateStep
+from defend.privacy.accounting.budget import Budget
+from defend.privacy.accounting.fingerprint import data_digest
+from defend.privacy.checks.preconditions import Setup, check
+from defend.privacy.checks.selftest import RECORDS, SelfTest
+from defend.privacy.mechanism.clipping import AdaptiveClipping
+from defend.privacy.mechanism.randomness import Randomness, make_global_rng_secret
+from defend.privacy.mechanism.sampling import PoissonBatchSampler, poisson_loader
+from defend.privacy.mechanism.schedules import factor
+from defend.privacy.mechanism.step import PrivateStep
 from defend.training.account import Account
 from defend.training.chunks import LogicalBatch
 from defend.training.lineage import claim

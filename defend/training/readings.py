@@ -3,8 +3,8 @@
 from abc import abstractmethod
 from pathlib import Path
 
-from defend.privacy.accounting import History
-from defend.privacy.selftest import SelfTest
+from defend.privacy.accounting.history import History
+from defend.privacy.checks.selftest import SelfTest
 from defend.training.private import PrivateTraining
 
 

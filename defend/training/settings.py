@@ -6,10 +6,15 @@ from pathlib import Path
 
 from defend.batching.chunks import check_chunk_size
 from defend.errors import InputError
-from defend.privacy.budget import Budget
-from defend.privacy.clipping import AdaptiveClipping, Clipping, FlatClipping, check_clipping
-from defend.privacy.randomness import Randomness
-from defend.privacy.schedules import Schedule
+from defend.privacy.accounting.budget import Budget
+from defend.privacy.mechanism.clipping import (
+    AdaptiveClipping,
+    Clipping,
+    FlatClipping,
+    check_clipping,
+)
+from defend.privacy.mechanism.randomness import Randomness
+from defend.privacy.mechanism.schedules import Schedule
 
 RELEASES = ("tag", "withhold")
 

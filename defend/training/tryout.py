@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from defend.batching.memory import free_bytes
-from defend.privacy.probe import tensors_of
-from defend.privacy.probe_records import probe_positions
-from defend.privacy.probed_step import Anew, Attack, Backward, Loss
-from defend.privacy.selftest import RECORDS, SelfTest, selftest
-from defend.privacy.still import seeded
+from defend.privacy.checks.constant_randomness import seeded
+from defend.privacy.checks.module_copy import tensors_of
+from defend.privacy.checks.probe_records import probe_positions
+from defend.privacy.checks.probed_step import Anew, Attack, Backward, Loss
+from defend.privacy.checks.selftest import RECORDS, SelfTest, selftest
 from defend.training.measure import peak_bytes
 
 

@@ -1,8 +1,8 @@
 import pytest
 from torch import nn
 
-from defend.attacks import graphs
-from tests.attacks.graph_cases import Recorder
+from defend.attacks.cuda_graphs import cache as graphs
+from tests.attacks.cuda_graphs.cases import Recorder
 
 
 @pytest.fixture

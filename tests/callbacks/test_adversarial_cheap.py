@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from defend import L2, PGD, AdversarialTraining, InputError, Linf, RobustnessEvaluation
 from defend.attacks.free import Free
 from defend.attacks.presets import fgsm_rs, n_fgsm
-from defend.attacks.torchattacks import TorchAttack
+from defend.attacks.torchattacks.adapter import TorchAttack
 from defend.objectives import TRADES
 from tests.callbacks.by_hand import ATTACK, EPS, Rich, batches, generator
 from tests.helpers import Net, data, flat, loader, trainer

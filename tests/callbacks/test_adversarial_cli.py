@@ -6,7 +6,7 @@ import pytest
 from defend import L2, PGD, AdversarialTraining, Linf
 from defend.attacks.free import Free
 from defend.attacks.presets import fgsm_rs
-from defend.attacks.torchattacks import TorchAttack
+from defend.attacks.torchattacks.adapter import TorchAttack
 from defend.evaluation.overfitting import OverfittingAlarm
 from defend.objectives import AWP, TRADES, Madry
 from tests.callbacks.by_hand import ATTACK, EPS
@@ -63,7 +63,7 @@ YAML = {
     "torchattacks": (
         """
         attack:
-          class_path: defend.attacks.torchattacks.TorchAttack
+          class_path: defend.attacks.torchattacks.adapter.TorchAttack
           init_args:
             name: FGSM
             settings: {eps: 0.1}
@@ -141,7 +141,7 @@ ATTACKS = """
                 init_args: {eps: 0.1}
               steps: 2
           theirs:
-            class_path: defend.attacks.torchattacks.TorchAttack
+            class_path: defend.attacks.torchattacks.adapter.TorchAttack
             init_args:
               name: FGSM
               settings: {eps: 0.1}

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from defend import L2, PGD, AdversarialTraining, DifferentialPrivacy, InputSpace, Linf
 from defend.attacks.free import Free
 from defend.attacks.presets import fgsm_rs
-from defend.attacks.torchattacks import TorchAttack
+from defend.attacks.torchattacks.adapter import TorchAttack
 from defend.callbacks._base import brief, describe_attack
 from defend.objectives import AWP, MART, TRADES, Madry
 from tests.callbacks.by_hand import ATTACK, EPS

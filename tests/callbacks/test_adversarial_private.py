@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Subset
 from defend import PGD, AdversarialTraining, DifferentialPrivacy, Linf, PrivacyError
 from defend.attacks.free import Free
 from defend.attacks.presets import fgsm_rs, n_fgsm
-from defend.attacks.torchattacks import TorchAttack
+from defend.attacks.torchattacks.adapter import TorchAttack
 from defend.training.adversarial import AdversarialSteps
 from tests.callbacks.test_together import C, Release, fit, private
 from tests.helpers import Net, data, loader, trainer

@@ -61,7 +61,7 @@ def test_the_search_finds_nothing_in_noise():
 
 @pytest.mark.parametrize("clipping", ["flat", "adaptive"])
 def test_nothing_that_can_be_saved_during_a_fit_holds_a_gradient(clipping):
-    from defend.privacy.clipping import AdaptiveClipping, FlatClipping
+    from defend.privacy.mechanism.clipping import AdaptiveClipping, FlatClipping
 
     chosen = {"flat": FlatClipping(), "adaptive": AdaptiveClipping()}[clipping]
     _, run, callback, spies = watched_fit(None, private(clipping=chosen))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 
 from defend.privacy import PoissonBatchSampler, Randomness, epsilon
-from defend.privacy.clipping import AdaptiveClipping, PerLayerClipping
-from defend.privacy.schedules import Decay
+from defend.privacy.mechanism.clipping import AdaptiveClipping, PerLayerClipping
+from defend.privacy.mechanism.schedules import Decay
 from tests.callbacks.users import SEED, C, fit, private
 from tests.helpers import Net, data, flat
 

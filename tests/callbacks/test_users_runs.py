@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 
 from defend import DifferentialPrivacy
-from defend.privacy.clipping import AdaptiveClipping, FlatClipping, PerLayerClipping
+from defend.privacy.mechanism.clipping import AdaptiveClipping, FlatClipping, PerLayerClipping
 from tests.callbacks.users import fit, private
 from tests.helpers import Net, flat, loader
 
@@ -97,10 +97,10 @@ trainer:
         noise_multiplier: 0.7
         chunk_size: 8
         noise_schedule:
-          class_path: defend.privacy.schedules.Decay
+          class_path: defend.privacy.mechanism.schedules.Decay
           init_args: {{gamma: 0.9, every: 4}}
         clipping:
-          class_path: defend.privacy.clipping.{clipping}
+          class_path: defend.privacy.mechanism.clipping.{clipping}
           init_args: {settings}
 model:
   lr: 0.01

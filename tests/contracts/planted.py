@@ -14,9 +14,9 @@ from torch import Tensor
 from defend.objectives import AWP
 from defend.objectives.awp import PerturbedWeights, weight_perturbation
 from defend.objectives.losses import kl
-from defend.privacy import per_record
-from defend.privacy.mechanism import clip_and_sum
-from defend.privacy.per_record import PerRecordGradients
+from defend.privacy.gradients import per_record
+from defend.privacy.gradients.per_record import PerRecordGradients
+from defend.privacy.mechanism.gaussian import clip_and_sum
 from defend.training import AdversarialSettings
 from tests.contracts import sensitivity
 from tests.contracts.sensitivity import ATTACK, C, Combination, Record, augmented, clipped_sum, net
@@ -77,7 +77,7 @@ def no_merge(batch):
 
     with (
         mock.patch.object(per_record, "mean_of_views", lambda gradient, views: gradient),
-        mock.patch("defend.privacy.clipping.FlatClipping.clip", clip_rows),
+        mock.patch("defend.privacy.mechanism.clipping.FlatClipping.clip", clip_rows),
         mock.patch.object(PerRecordGradients, "_compare_with_autograd"),
         mock.patch.object(PerRecordGradients, "_of", lambda s, n, p, r: s._gradients[p]),
     ):

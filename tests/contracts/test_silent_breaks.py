@@ -74,7 +74,7 @@ def test_an_ordinary_module_is_safe_and_reaches_C():  # noqa: N802
 
 def test_the_yardstick_rejects_a_clip_to_one_percent_more(monkeypatch):
     """A planted wrong answer, in the clipping itself."""
-    from defend.privacy import mechanism
+    from defend.privacy.mechanism import gaussian as mechanism
 
     right = mechanism.clip_factors
     monkeypatch.setattr(mechanism, "clip_factors", lambda n, c: 1.01 * right(n, c))

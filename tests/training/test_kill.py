@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from defend.privacy import read_ledger
-from defend.privacy.ledger import spent
+from defend.privacy.accounting.ledger import spent
 
 ROOT = Path(__file__).parents[2]
 TIMES = 20

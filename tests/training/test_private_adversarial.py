@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from defend import PGD, AdversarialTraining, InputError, Linf, PrivacyError, make_private
 from defend.attacks.free import Free
-from defend.attacks.torchattacks import TorchAttack
+from defend.attacks.torchattacks.adapter import TorchAttack
 from defend.training import AdversarialSettings
 from tests.callbacks.test_private_objectives import ATTACK, BATCH, OBJECTIVES, fit, name
 from tests.callbacks.test_together import private as callback

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from defend import PrivacyError
-from defend.privacy.selftest import RECORDS
+from defend.privacy.checks.selftest import RECORDS
 from tests.contracts import mistakes
 from tests.contracts.defend_does.yardstick import (
     Plain,

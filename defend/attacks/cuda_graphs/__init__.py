@@ -1,0 +1,1 @@
+"""On a GPU: one step of an attack, captured once and replayed."""

@@ -1,0 +1,328 @@
+"""What may be spent and what was: σ for a target, steps for a budget, and the history of all."""
+
+import hashlib
+import math
+import uuid
+import warnings
+from typing import Any
+
+from defend.errors import BudgetError, InputError
+from defend.privacy.accounting.calibration import affordable_steps, noise_multiplier_for
+from defend.privacy.accounting.curve import ACCOUNTANTS, EpsilonCurve, epsilon
+from defend.privacy.accounting.history import History, Segment, extend, scheduled, total_steps
+from defend.privacy.mechanism.schedules import Schedule, factor
+
+_ENDLESS = 1000  # steps of a plan without an end whose ε is computed at a time
+
+
+class Budget:
+    """The privacy account of one training run, over all its fits and resumes.
+
+    Args:
+        delta: δ in (0, 1).
+        target_epsilon: ε that is not exceeded, or None for no limit.
+        noise_multiplier: σ ≥ 0, or None to have it found for the target.
+        accountant: "prv" or "rdp".
+        insecure: whether noise and sampling use a fixed seed.
+        noise_schedule: step of the plan → factor on σ, or None for a constant σ.
+
+    Attributes:
+        noise_multiplier: σ of the current fit, before the schedule; None until it is found.
+        sample_rate: q of the current fit; None until the data is known.
+
+    Raises:
+        InputError: for settings out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        delta: float,
+        target_epsilon: float | None = None,
+        noise_multiplier: float | None = None,
+        accountant: str = "prv",
+        insecure: bool = False,
+        noise_schedule: Schedule | None = None,
+    ) -> None:
+        _check_settings(delta, target_epsilon, noise_multiplier, accountant)
+        self.delta = delta
+        self.target_epsilon = target_epsilon
+        self.accountant = accountant
+        self.noise_multiplier = noise_multiplier
+        self.sample_rate: float | None = None
+        self.noise_schedule = noise_schedule
+        # Each fit's steps under a name of its own, so that accounts can be united: what two of
+        # them share is counted once, what only one of them knows is counted too.
+        self._fits: dict[str, History] = {}
+        self.fit = ""
+        self._given_noise = noise_multiplier
+        self._insecure = insecure  # this run, or one that it goes on from
+        self._plan: dict[str, Any] | None = None  # what σ was found for
+        self._first = 0  # step of the plan that this fit starts at
+        self._allowed: float = 0
+        self._remaining: float = 0
+        self._taken = 0
+        self._curve: EpsilonCurve | None = None
+        self._curve_start = 0
+        self._factors: dict[int, float] = {}  # of the schedule, by step
+
+    @property
+    def history(self) -> History:
+        """All steps ever charged, in order."""
+        history: History = ()
+        for fit in self._fits.values():
+            for segment in fit:
+                history = extend(history, segment)
+        return history
+
+    @property
+    def epsilon(self) -> float:
+        """ε spent by the whole history."""
+        return epsilon(self.history, self.delta, self.accountant)
+
+    @property
+    def steps(self) -> int:
+        """Steps charged, over all fits."""
+        return total_steps(self.history)
+
+    @property
+    def private(self) -> bool:
+        """Whether ε means anything: no step used a fixed seed or went without noise."""
+        return not self._insecure and self.noise_multiplier != 0 and math.isfinite(self.epsilon)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether this fit may take no further step."""
+        return self._taken >= self._allowed
+
+    def open(self, *, sample_rate: float, planned: float, done: int) -> None:
+        """Fix σ and the number of steps that a fit may take.
+
+        Args:
+            sample_rate: q of this fit.
+            planned: steps of the whole training, those done included; inf for no end.
+            done: steps of that plan taken before, by a run that is resumed.
+
+        Raises:
+            InputError: if σ is to be found for a plan without an end, or none meets the target.
+        """
+        self.sample_rate = sample_rate
+        self._taken, self._first, self._curve = 0, done, None
+        self.fit = uuid.uuid4().hex
+        remaining = None if math.isinf(planned) else max(int(planned) - done, 0)
+        self._remaining = math.inf if remaining is None else remaining
+        if self._given_noise is None:
+            self._find_noise(remaining, done)
+        else:
+            self.noise_multiplier = self._given_noise
+            self._find_allowance(remaining)
+
+    def _find_allowance(self, remaining: int | None) -> None:
+        self._allowed = math.inf
+        if self.target_epsilon is not None:
+            assert self.noise_multiplier is not None
+            assert self.sample_rate is not None
+            self._allowed = affordable_steps(
+                self.target_epsilon,
+                delta=self.delta,
+                noise_multiplier=self.noise_multiplier,
+                sample_rate=self.sample_rate,
+                limit=remaining,
+                spent=self.history,
+                accountant=self.accountant,
+                schedule=self._schedule,
+                first_step=self._first,
+            )
+
+    def _find_noise(self, remaining: int | None, done: int) -> None:
+        assert self.target_epsilon is not None
+        assert self.sample_rate is not None
+        if remaining is None:
+            raise InputError(
+                "Expected a plan with an end to find the noise for `target_epsilon`, got "
+                "max_epochs=-1 and max_steps=-1. Set one of them, or give `noise_multiplier` too."
+            )
+        self._allowed = remaining
+        if remaining == 0:
+            if self._plan is not None:
+                self.noise_multiplier = self._plan["noise_multiplier"]
+            else:
+                self.noise_multiplier = self.history[-1].noise_multiplier if self.history else 0.0
+            return
+        plan = {
+            "target_epsilon": self.target_epsilon,
+            "delta": self.delta,
+            "accountant": self.accountant,
+            "sample_rate": self.sample_rate,
+            "steps": remaining + done,
+            "schedule": self._digest_of_schedule(remaining + done),
+        }
+        if self._plan is not None and self._plan["for"] == plan and self.steps == done:
+            # The same plan goes on after a resume, at the noise that was found for all of it.
+            self.noise_multiplier = self._plan["noise_multiplier"]
+            return
+        self.noise_multiplier = noise_multiplier_for(
+            self.target_epsilon,
+            delta=self.delta,
+            sample_rate=self.sample_rate,
+            steps=remaining,
+            spent=self.history,
+            accountant=self.accountant,
+            schedule=self._schedule,
+            first_step=self._first,
+        )
+        self._plan = {"for": plan, "noise_multiplier": self.noise_multiplier}
+        if self.steps:
+            lost = self.steps - done
+            why = (
+                f"{lost} of them after the checkpoint or in other branches: nothing is refunded."
+                if done and lost > 0
+                else "on what the account takes for the same data; where it is not, start a new "
+                "account and ledger."
+            )
+            warnings.warn(
+                f"ε = {self.epsilon:.4g} of {self.target_epsilon} was spent by {self.steps} "
+                f"earlier steps, {why} That leaves "
+                f"noise_multiplier={self.noise_multiplier:.4g} for the rest.",
+                stacklevel=2,
+            )
+
+    @property
+    def next_noise(self) -> float:
+        """σ of the next step, after the schedule."""
+        return self._planned_noise(self.next_step)
+
+    def _planned_noise(self, step: int) -> float:
+        assert self.noise_multiplier is not None
+        return self.noise_multiplier * self._factor_at(step)
+
+    @property
+    def next_step(self) -> int:
+        """Step of the plan that comes next, those before a resume included."""
+        return self._first + self._taken
+
+    @property
+    def fit_names(self) -> set[str]:
+        """The names of all fits in the account, the one that is open included."""
+        return {*self._fits, self.fit}
+
+    @property
+    def planned_noise(self) -> set[float]:
+        """Every σ that the rest of the plan uses; of a plan without an end, that of now."""
+        left = min(self._allowed, self._remaining)
+        steps = 1 if math.isinf(left) else int(left)
+        return {self._planned_noise(self._first + i) for i in range(max(steps, 1))}
+
+    def check(self) -> None:
+        """Raise a `BudgetError` if a further step would exceed the target."""
+        if self.exhausted:
+            raise BudgetError(
+                f"Expected to stop at ε = {self.target_epsilon}, got a further step after "
+                f"{self.steps}, beyond it or beyond the plan. Stop there: a loop of your own ends "
+                "when `exhausted`, a Trainer without min_epochs and min_steps; or raise "
+                "target_epsilon."
+            )
+
+    def _digest_of_schedule(self, steps: int) -> str | None:
+        """Tells one schedule from another by what it gives."""
+        if self.noise_schedule is None:
+            return None
+        factors = ",".join(repr(self._factor_at(step)) for step in range(steps))
+        return hashlib.sha256(factors.encode()).hexdigest()
+
+    def charge(self, noise_multiplier: float | None = None) -> int:
+        """Count a step; to be called before it is released. Returns its number in the plan.
+
+        Args:
+            noise_multiplier: σ that the step is taken with; None: what the schedule says.
+
+        Raises:
+            BudgetError: if the step would exceed the target; it is not counted then.
+        """
+        self.check()
+        assert self.sample_rate is not None
+        number = self.next_step
+        sigma = self.next_noise if noise_multiplier is None else noise_multiplier
+        step = Segment(sigma, self.sample_rate, 1)
+        self._fits[self.fit] = extend(self._fits.get(self.fit, ()), step)
+        self._taken += 1
+        return number
+
+    def epsilon_now(self) -> float:
+        """ε spent so far, or a tight upper bound on it, at the cost of a lookup.
+
+        The curve over all steps of the plan is computed once (`EpsilonCurve`).
+        """
+        since = self._taken - self._curve_start
+        if self._curve is None or since > self._curve.steps:
+            self._curve_start, since = self._taken, 0
+            left = min(self._allowed, self._remaining) - self._taken
+            ahead = _ENDLESS if math.isinf(left) else max(int(left), 0)
+            plan = scheduled(
+                self.noise_multiplier or 0.0,
+                self.sample_rate or 0.0,
+                ahead,
+                self._schedule,
+                first_step=self.next_step,
+            )
+            self._curve = EpsilonCurve(plan, self.delta, self.accountant, spent=self.history)
+        return self._curve(since)
+
+    def _factor_at(self, step: int) -> float:
+        """The schedule's factor; asked once a step, as a function need not answer alike twice."""
+        if self.noise_schedule is None:
+            return 1.0
+        if step not in self._factors:
+            self._factors[step] = factor(self.noise_schedule, step)
+        return self._factors[step]
+
+    @property
+    def _schedule(self) -> Schedule | None:
+        return None if self.noise_schedule is None else self._factor_at
+
+    def state_dict(self) -> dict[str, Any]:
+        """The account as plain data; holds no secret."""
+        return {
+            "fits": {name: [list(s) for s in fit] for name, fit in self._fits.items()},
+            "plan": self._plan,
+            "insecure": self._insecure,
+        }
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Take up what a saved account has spent: the union of its fits and those known here.
+
+        A fit known to both counts with the larger number of steps, so a rollback does not refund.
+        """
+        saved = {name: tuple(Segment(*s) for s in fit) for name, fit in state["fits"].items()}
+        self.unite(saved, insecure=state["insecure"])
+        self._plan = state["plan"]
+
+    def unite(self, fits: dict[str, History], *, insecure: bool) -> None:
+        """Take up fits by name, as a ledger or another account knows them."""
+        merged = {
+            name: max(fit, self._fits.get(name, ()), key=total_steps) for name, fit in fits.items()
+        }
+        self._fits = {**merged, **{n: f for n, f in self._fits.items() if n not in merged}}
+        self._insecure |= insecure
+        self._curve = None
+
+
+def _check_settings(
+    delta: float, target_epsilon: float | None, noise_multiplier: float | None, accountant: str
+) -> None:
+    def expect(right: bool, what: str, got: Any, cure: str = "") -> None:
+        if not right:
+            raise InputError(f"Expected {what}, got {got!r}. {cure}".rstrip())
+
+    expect(0 < delta < 1, "`delta` to be in (0, 1)", delta, "Choose it below 1 / records.")
+    expect(
+        target_epsilon is not None or noise_multiplier is not None,
+        "`target_epsilon`, `noise_multiplier` or both",
+        None,
+    )
+    if target_epsilon is not None:
+        expect(0 < target_epsilon < math.inf, "`target_epsilon` to be > 0", target_epsilon)
+    if noise_multiplier is not None:
+        expect(0 <= noise_multiplier < math.inf, "`noise_multiplier` to be ≥ 0", noise_multiplier)
+    known = ACCOUNTANTS
+    expect(accountant in known, f"`accountant` to be one of {known}", accountant)

@@ -1,0 +1,1 @@
+"""The mechanism: Poisson sampling, clipping, noise, and the step that releases a gradient."""

@@ -1,0 +1,180 @@
+"""Poisson batches: each record joins each batch on its own, with probability q."""
+
+import math
+import random
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from defend.errors import PrivacyError
+from defend.privacy.mechanism.randomness import Randomness
+
+
+class Drawn(NamedTuple):
+    """What one rank was handed for one logical step.
+
+    Attributes:
+        records: sampled records; they come first.
+        slots: records in the batch, padding included. Each takes as many rows as it has views.
+        chunks: chunks to run them in, the same on every rank.
+    """
+
+    records: int
+    slots: int
+    chunks: int
+
+
+class PoissonBatchSampler(Sampler[list[int]]):
+    """Yields the indices of Poisson-sampled batches, one list a step.
+
+    For each step every rank draws the same mask over the whole data set (so a record joins with
+    probability q exactly once, however many ranks there are) and takes every `world_size`-th hit.
+    A rank with fewer rows than it needs is padded with record 0, which `Drawn.records` leaves out
+    of the sum: an empty batch still takes its noised step, as the accounting assumes.
+
+    With K views each index is handed out K times in a row: the data set is asked for the record K
+    times and may augment it anew each time. It joins once, whatever K.
+
+    Args:
+        size: records in the data set.
+        sample_rate: q in (0, 1].
+        steps: batches in an epoch.
+        randomness: source of the masks; each step has a generator of its own.
+        first_step: called when an epoch starts; the number of its first step.
+        chunk_size: most rows of a rank in one chunk, but never less than one record's; None means
+            one chunk. May be set anew before an epoch starts.
+        views: rows of a record, K ≥ 1.
+        fixed: fill every chunk with padding, where a new shape costs more
+            than the rows (cuDNN's autotuner tries all its algorithms for each shape).
+        rank: this process.
+        world_size: all processes.
+
+    Attributes:
+        drawn: a queue of what was yielded and not yet consumed, in order. The training step takes
+            one entry a batch; loader workers and prefetching cannot mix the order up.
+        epochs: how many were started.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        sample_rate: float,
+        steps: int,
+        randomness: Randomness,
+        *,
+        first_step: Callable[[], int] = lambda: 0,
+        chunk_size: int | None = None,
+        views: int = 1,
+        fixed: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.size = size
+        self.sample_rate = sample_rate
+        self.steps = steps
+        self.randomness: Randomness | None = randomness
+        self.first_step = first_step
+        self.chunk_size = chunk_size
+        self.views = views
+        self.fixed = fixed
+        self.rank = rank
+        self.world_size = world_size
+        self.drawn: deque[Drawn] = deque()
+        self.epochs = 0
+
+    def forget(self) -> None:
+        """Drop the source of the masks; only the sizes stay."""
+        self.randomness = None
+        self.drawn.clear()
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.drawn.clear()
+        self.epochs += 1
+        first = self.first_step()
+        for step in range(first, first + self.steps):
+            hits = self.sample(step)
+            largest = len(hits[:: self.world_size])  # rank 0 has the most
+            most = self.records_in_a_chunk
+            chunks = max(1, math.ceil(largest / most)) if most else 1
+            mine = hits[self.rank :: self.world_size]
+            least = chunks * most if self.fixed and most else chunks
+            padding = max(least - len(mine), 0)
+            self.drawn.append(Drawn(len(mine), len(mine) + padding, chunks))
+            yield [i for i in mine + [0] * padding for _ in range(self.views)]
+
+    @property
+    def records_in_a_chunk(self) -> int | None:
+        """Most records of a rank in one chunk, at least one; None where it is not split."""
+        return None if self.chunk_size is None else max(1, self.chunk_size // self.views)
+
+    def sample(self, step: int) -> list[int]:
+        """The records of the whole logical batch of one step, over all ranks."""
+        if self.randomness is None:
+            raise PrivacyError(
+                "Expected an open loop, got a batch asked for after its end or after an error. "
+                "Start another fit."
+            )
+        # Of 53 bits: the 24 of float32 would round a small q.
+        draws = self.randomness.uniforms(step, self.size)
+        return (draws < self.sample_rate).nonzero().flatten().tolist()
+
+
+class SecretWorker:
+    """A `worker_init_fn`: the user's own, and then secret seeds for the worker's global RNGs.
+
+    A seed that is known gives augmentations that are known, and leaving one record out would then
+    change those of all records after it in its batch, by a known amount (see
+    `defend.privacy.mechanism.randomness.make_global_rng_secret`). In a worker only the CPU's RNGs
+    are seeded: a forked process must not touch CUDA.
+
+    *Guarantee.* Each worker starts with OS entropy of its own in torch's, numpy's and Python's
+    global RNGs. Generators that the data set keeps for itself are out of its reach.
+
+    Args:
+        users: the user's `worker_init_fn`, run first, or None. May be pickled if that may.
+    """
+
+    def __init__(self, users: Callable[[int], Any] | None = None) -> None:
+        self.users = users
+
+    def __call__(self, worker: int) -> None:
+        if self.users is not None:
+            self.users(worker)
+        # From a root of its own: that of the run stays in the main process.
+        torch.set_rng_state(Randomness().generator("sampling", 0).get_state())
+        np.random.seed(np.random.SeedSequence().generate_state(8, np.uint32))  # noqa: NPY002
+        random.seed(secrets.randbits(256))
+
+
+def poisson_loader(loader: DataLoader, sampler: PoissonBatchSampler) -> DataLoader:
+    """The user's loader with its batches drawn by `sampler`; everything else as it was.
+
+    But for its `generator`: what it would seed are the workers' augmentations, by a known number.
+    For the same reason its workers end with secret seeds (`SecretWorker`), unless the run has an
+    `insecure_seed` and is to repeat exactly.
+    """
+    settings: dict[str, Any] = {
+        name: getattr(loader, name)
+        for name in (
+            "num_workers",
+            "collate_fn",
+            "pin_memory",
+            "timeout",
+            "worker_init_fn",
+            "multiprocessing_context",
+            "prefetch_factor",
+            "persistent_workers",
+        )
+    }
+    known = sampler.randomness is not None and not sampler.randomness.private
+    if loader.num_workers > 0 and not known:
+        settings["worker_init_fn"] = SecretWorker(loader.worker_init_fn)
+    return DataLoader(loader.dataset, batch_sampler=sampler, **settings)
