@@ -153,6 +153,11 @@ EVERYWHERE: dict[str, tuple[Callable[[Task], Contender], str | None]] = {
 }
 ON_CUDA: dict[str, tuple[Callable[[Task], Contender], str | None]] = {
     "defend bf16": (lambda task: ours(task.channels_last(), precision="bf16"), None),
+    "defend graphs": (lambda task: ours(task, cuda_graphs=True), None),
+    "defend bf16 graphs": (
+        lambda task: ours(task.channels_last(), precision="bf16", cuda_graphs=True),
+        None,
+    ),
     "bare graphed": (bare_graphed, None),
     "torchattacks bf16": (by_torchattacks_bf16, "torchattacks"),
 }

@@ -1,6 +1,6 @@
 """What `secure_noise=True` costs: masks and noise from ChaCha20 against torch's own generators.
 
-    python benchmarks/secure_noise.py [--repeats 15] [--threads 2]
+    python benchmarks/secure_noise.py [--device cpu|cuda] [--repeats 15] [--threads 2] [--quick]
 
     mask     Randomness.uniforms: one float64 for each record
     noise    Randomness.gaussian: one normal for each coordinate; float32 by default, when secure
@@ -8,9 +8,9 @@
 
 Default and secure are measured interleaved in one process, each draw with its generator made anew
 as in a training step; a ratio is the median over the repeats of (seconds secure / seconds default
-in the same round). CPU only: the keystream is computed there. Run it on an idle machine: the many
-short operations of the secure draw wait for each other where threads are more than free cores.
-The last line is JSON.
+in the same round). The keystream is computed on the CPU; with `--device cuda` noise goes to a GPU
+from there, and torch's own is drawn on it. Run it on an idle machine: the many short operations of
+the secure draw wait for each other where threads are more than free cores. The last line is JSON.
 """
 
 import argparse
@@ -31,16 +31,23 @@ SIZES = (100_000, 1_000_000)
 
 
 def seconds(draw: Callable[[], torch.Tensor]) -> float:
+    synchronize()
     start = time.perf_counter()
     draw()
+    synchronize()
     return time.perf_counter() - start
 
 
-def draws(randomness: Randomness, size: int) -> dict[str, Callable[[], torch.Tensor]]:
-    like = torch.zeros(size)
+def synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def draws(randomness: Randomness, size: int, device: str) -> dict[str, Callable[[], torch.Tensor]]:
+    like = torch.zeros(size, device=device)
     return {
         "mask": lambda: randomness.uniforms(0, size),
-        "noise": lambda: randomness.gaussian(0, "cpu")(like),
+        "noise": lambda: randomness.gaussian(0, device)(like),
     }
 
 
@@ -54,16 +61,22 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
     options = parser.parse_args()
+    sizes = SIZES
+    if options.quick:
+        options.repeats, sizes = 1, (1000,)
+    device = options.device
     torch.set_num_threads(options.threads)
     load = os.getloadavg()[0]
 
     rounds: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for repeat in range(-2, options.repeats):  # the first rounds warm up
-        for size in SIZES:
-            default, secure = (draws(Randomness(secure=s), size) for s in (False, True))
+        for size in sizes:
+            default, secure = (draws(Randomness(secure=s), size, device) for s in (False, True))
             for name in default:
                 pair = (seconds(default[name]), seconds(secure[name]))
                 if repeat >= 0:
@@ -71,7 +84,8 @@ def main() -> None:
 
     result: dict[str, object] = {
         "benchmark": "secure_noise",
-        "device": processor(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": options.threads,
         "repeats": options.repeats,

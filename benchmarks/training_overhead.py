@@ -1,6 +1,7 @@
 """What defend's callbacks cost: one epoch under a callback against the same epoch by hand.
 
     python benchmarks/training_overhead.py [--device cpu|cuda] [--repeats 7] [--threads 2]
+        [--quick]
 
 Pairs, measured interleaved in one process; a ratio is the median over the repeats of
 (seconds with defend / seconds of its baseline in the same round):
@@ -140,12 +141,16 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
     options = parser.parse_args()
+    records = RECORDS
+    if options.quick:
+        options.repeats, records = 1, 2 * BATCH
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.manual_seed(0)
-    data = TensorDataset(torch.rand(RECORDS, 1, 28, 28), torch.randint(0, 10, (RECORDS,)))
+    data = TensorDataset(torch.rand(records, 1, 28, 28), torch.randint(0, 10, (records,)))
     device = options.device
 
     def robust() -> list[pl.Callback]:
@@ -176,6 +181,7 @@ def main() -> None:
     for repeat in range(-1, options.repeats):  # the first round warms up
         for name, (ours, baseline) in pairs.items():
             pair = (ours(), baseline())
+            print(f"round {repeat}: {name:8} {pair[0]:9.3f} {pair[1]:11.3f} s", flush=True)
             if repeat >= 0:
                 seconds[name].append(pair)
 

@@ -22,8 +22,15 @@ from defend.threat import L1, L2, InputSpace, Linf
 
 if TYPE_CHECKING:
     from defend.callbacks import AdversarialTraining, DifferentialPrivacy, RobustnessEvaluation
-    from defend.privacy import AdaptiveClipping, Decay, FlatClipping, PerLayerClipping, selftest
-    from defend.training import AdversarialSettings, make_adversarial, make_private
+    from defend.privacy import (
+        AdaptiveClipping,
+        Decay,
+        FlatClipping,
+        PerLayerClipping,
+        StepUnderTest,
+        selftest,
+    )
+    from defend.training import Adversarial, Privacy, make_adversarial, make_private
 
 __all__ = [
     "AWP",
@@ -33,7 +40,7 @@ __all__ = [
     "PGD",
     "TRADES",
     "AdaptiveClipping",
-    "AdversarialSettings",
+    "Adversarial",
     "AdversarialTraining",
     "BudgetError",
     "Decay",
@@ -47,9 +54,11 @@ __all__ = [
     "Madry",
     "OverfittingAlarm",
     "PerLayerClipping",
+    "Privacy",
     "PrivacyError",
     "RobustnessEvaluation",
     "RobustnessReport",
+    "StepUnderTest",
     "TorchAttack",
     "evaluate",
     "fgsm_rs",
@@ -70,8 +79,10 @@ _LATER = {
     "Decay": "defend.privacy",
     "FlatClipping": "defend.privacy",
     "PerLayerClipping": "defend.privacy",
+    "StepUnderTest": "defend.privacy",
     "selftest": "defend.privacy",
-    "AdversarialSettings": "defend.training",
+    "Adversarial": "defend.training",
+    "Privacy": "defend.training",
     "make_adversarial": "defend.training",
     "make_private": "defend.training",
 }

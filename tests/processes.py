@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from defend import PGD, AdversarialTraining, DifferentialPrivacy, Linf, make_private
+from defend import PGD, AdversarialTraining, DifferentialPrivacy, Linf
 from tests.helpers import Net, flat, loader, trainer
+from tests.loops import private_loop
 
 NOISE = "noise.jsonl"
 
@@ -73,14 +75,32 @@ def train_private(folder, seed, kill_at, resume, ledger):
         "history": [list(segment) for segment in private.history],
         "weights": flat(module).tolist(),
     }
-    print(json.dumps(report))
+    print(json.dumps(report), flush=True)
+
+
+def train_in_turn(*runs):
+    """`train_private` in a process each, with the arguments FOLDER,SEED,KILL_AT,RESUME,LEDGER.
+
+    Forked, so that what takes seconds to import is imported once; each process draws secrets of its
+    own all the same. Prints how each ended: its exit status, negative for a signal.
+    """
+    import opacus.grad_sample  # noqa: F401  # defend imports it at the first private step
+
+    for run in runs:
+        child = os.fork()
+        if child == 0:
+            train_private(*run.split(","))
+            sys.stdout.flush()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
 
 
 def _train_and_tell(folder, pipe, planned):
     """A private loop of its own that writes one byte after each step that was taken."""
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 3)
-    private = make_private(
+    with private_loop(
         model,
         torch.optim.SGD(model.parameters(), lr=0.1),
         loader(64, 8),
@@ -91,12 +111,12 @@ def _train_and_tell(folder, pipe, planned):
         noise_multiplier=1.0,
         accountant="rdp",
         ledger=Path(folder) / "ledger.jsonl",
-    )
-    os.write(pipe, b"(")
-    for _ in range(planned):
-        for batch in private.loader:
-            private.step(batch)
-            os.write(pipe, b".")
+    ) as private:
+        os.write(pipe, b"(")
+        for _ in range(planned):
+            for batch in private.loader:
+                private.step(batch)
+                os.write(pipe, b".")
 
 
 def kill_at_random_moments(folder, times):
@@ -106,6 +126,8 @@ def kill_at_random_moments(folder, times):
     """
     torch.set_num_threads(1)
     chance = random.Random(0)
+    with tempfile.TemporaryDirectory() as elsewhere, Path(os.devnull).open("wb") as nobody:
+        _train_and_tell(elsewhere, nobody.fileno(), planned=1)  # so that children import nothing
     for _ in range(int(times)):
         out, into = os.pipe()
         child = os.fork()
@@ -126,5 +148,5 @@ def kill_at_random_moments(folder, times):
 
 
 if __name__ == "__main__":
-    programs = {"train_private": train_private, "kill_at_random_moments": kill_at_random_moments}
-    programs[sys.argv[1]](*sys.argv[2:])
+    programs = (train_private, train_in_turn, kill_at_random_moments)
+    {program.__name__: program for program in programs}[sys.argv[1]](*sys.argv[2:])

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 import defend
+from tests.structure import measure
 
 ROOT = Path(__file__).parents[1]
 
 LIGHT = """
 import sys
 import defend
+from tests.structure import measure
 heavy = {"mlflow", "torchattacks", "matplotlib", "opacus", "sklearn", "pandas", "lightning"}
 print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
 """
@@ -75,3 +77,17 @@ def test_the_documents_name_only_files_that_exist(name):
     assert paths or name == "CONTRIBUTING.md"
     for path in paths:
         assert (ROOT / path).exists(), path
+
+
+def test_the_shape_of_the_code():
+    """What `python -m tests.structure` prints; it may get better, and not worse."""
+    shape = measure(ROOT)
+    for empty in ("long_functions", "import_cycles", "upward_imports", "concrete_checks"):
+        assert shape[empty] == [], empty
+    assert len(shape["wide_functions"]) <= 4
+    assert len(shape["large_classes"]) <= 3
+    assert len(shape["runs"]) <= 4
+
+
+def test_the_way_of_a_batch_is_one_short_file():
+    assert len((ROOT / "defend/training/step.py").read_text().splitlines()) <= 150

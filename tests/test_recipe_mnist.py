@@ -33,22 +33,12 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def printed(file):
-    settings = [
-        "--epochs",
-        "3",
-        "--batch-size",
-        "500",
-        "--attacked",
-        "6",
-        "--longer",
-        "2",
-        "--seeds",
-        "0",
-    ]
+    few = {"epochs": 3, "batch-size": 500, "attacked": 3, "longer": 1, "seeds": 0}
     process = subprocess.run(
         [sys.executable, ROOT / "recipes" / "mnist_robust_private.py", "--data-file", file,
-         "--runs", "robust and private", "plain", "--output", file.parent / "out", *settings],
-        cwd=file.parent, capture_output=True, text=True, timeout=300,
+         "--runs", "robust and private", "plain", "--output", file.parent / "out",
+         *(f"--{name}={value}" for name, value in few.items())],
+        cwd=file.parent, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-4000:]
     return process.stdout
@@ -63,8 +53,8 @@ def test_it_trains_and_measures(printed, file):
     assert plain["clean"] > 60  # after nine steps
     assert both["clean"] > 30  # 1,500 records at ε = 1: mostly noise
     for result in (both, plain):
-        assert result["autoattack"] * 6 / 100 == pytest.approx(round(result["autoattack"] * 0.06))
-        assert result["longer"] in (0, 50, 100)
+        assert result["autoattack"] * 3 / 100 == pytest.approx(round(result["autoattack"] * 0.03))
+        assert result["longer"] in (0, 100)
     lines = (file.parent / "out" / "results.jsonl").read_text().splitlines()
     kept = [json.loads(line) for line in lines]
     assert [line.pop("settings")["contrast"] for line in kept] == [10.0, 10.0]

@@ -84,7 +84,7 @@ class Best:
 
     @classmethod
     def none(cls, delta: Tensor) -> Self:
-        """Before the first look."""
+        """Nothing seen yet: every δ is better."""
         loss = torch.full((len(delta),), float("-inf"), device=delta.device, dtype=delta.dtype)
         return cls(delta.clone(), loss, torch.zeros_like(loss, dtype=torch.bool))
 
@@ -126,9 +126,11 @@ class Ascent:
         targeted: whether the loss is to fall, and the model is fooled where it says y.
         nan_fools: whether logits of NaN are a wrong answer; not where only the attack's own
             precision makes them so.
-        judge: the precision that counts for who is fooled, where the attack's is another; None
-            leaves the attack to judge for itself. Asks the device who is to be looked at again.
-        best: the best δ seen *before* a step, or None if nobody asks; written.
+        judge: the precision in which a record counts as fooled, where the attack runs in another
+            one; else None. Records that seem fooled are then run once more, and the host waits
+            for the device to say which they are.
+        best: the best δ so far, where iterates are compared; they are judged *before* each step.
+            None where only the last one counts. Written.
         counts: int64 `[2]`: gradients that were zero, and that were not finite; written.
     """
 
@@ -148,10 +150,10 @@ class Ascent:
         adv, logits, losses = self.forward()
         if self.best is not None:
             self.seen(logits, losses)
-        self.climb(adv, losses)
+        self.update(adv, losses)
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Input, logits and losses at δ; the losses rise where the attack gains."""
+        """(x + δ, logits, losses), the losses negated for a targeted attack, which lowers them."""
         adv = self.problem.apply(self.delta).requires_grad_()
         logits = logits_of(self.model(adv))
         losses = self.loss(in_full_precision(logits), self.problem.target)
@@ -162,8 +164,8 @@ class Ascent:
             )
         return adv, logits, -losses if self.targeted else losses
 
-    def climb(self, adv: Tensor, losses: Tensor) -> None:
-        """The step itself, from the losses of `forward`."""
+    def update(self, adv: Tensor, losses: Tensor) -> None:
+        """Move δ by one step of gradient ascent, from the losses of `forward`."""
         grad = _gradient(losses.sum(), adv)
         problem = self.problem
         self.counts.add_(
@@ -171,7 +173,7 @@ class Ascent:
         )
 
     def fooled(self, logits: Tensor) -> Tensor:
-        """Which records have the attacker where it wants them.
+        """Which records fool the model.
 
         Only a classifier can be fooled; elsewhere the loss alone tells one δ from another.
         """
@@ -192,16 +194,16 @@ class Ascent:
         rows = fooled.nonzero().squeeze(1)
         if len(rows) == 0:
             return fooled
-        few = dataclasses.replace(self.rows(rows), judge=None, nan_fools=True)
+        candidates = dataclasses.replace(self.rows(rows), judge=None, nan_fools=True)
         with judge(), torch.no_grad():
-            logits = few.forward()[1]
-        return fooled.index_put((rows,), few.fooled(logits))
+            logits = candidates.forward()[1]
+        return fooled.index_put((rows,), candidates.fooled(logits))
 
     def _reached(self, logits: Tensor, labels: Tensor) -> Tensor:
         return (logits.argmax(1) == labels) == self.targeted
 
     def seen(self, logits: Tensor, losses: Tensor) -> Best:
-        """The best of each record with what `forward` has just seen; that alone if nobody asks."""
+        """The best δ after what `forward` found; just that where iterates are not compared."""
         losses = losses.detach().to(self.delta.dtype)
         # A loss that is not finite says nothing of how good δ is.
         losses = torch.where(losses.isfinite(), losses, float("-inf"))
@@ -213,7 +215,7 @@ class Ascent:
 
     @torch.no_grad()
     def end(self, *, judged: bool) -> Best:
-        """What the run came to: its best iterate if they were watched, else the last.
+        """The result: the best iterate where they were compared, else the last.
 
         Args:
             judged: whether the loss of the last iterate is of interest; it takes a forward.
@@ -224,7 +226,7 @@ class Ascent:
         return self.seen(logits, losses)
 
     def rows(self, rows: Tensor) -> Self:
-        """The ascent of some of the records, from where they are; counts go on together."""
+        """The ascent of some of the records from their present δ; it adds to the same counts."""
         return dataclasses.replace(
             self,
             problem=self.problem.rows(rows),

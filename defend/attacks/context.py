@@ -91,6 +91,29 @@ def no_trace(
                 recorder.enable_hooks()
 
 
+@contextmanager
+def untouched(model: Callable[..., Any], device: torch.device) -> Iterator[None]:
+    """`no_trace`, for code that may change buffers and gradients itself."""
+    module = module_of(model)
+    parameters = [] if module is None else list(module.parameters())
+    buffers = [] if module is None else list(module.buffers())
+    grads = [(p, p.grad) for p in parameters]
+    values = [(b, b.clone()) for b in buffers if not b.is_inference()]
+    try:
+        for p in parameters:
+            p.grad = None  # out of reach: `zero_grad` may write to it
+        with no_trace(model, device):
+            yield
+    finally:
+        for p, grad in grads:
+            p.grad = grad
+        with torch.no_grad():
+            for b, value in values:
+                # By value: the statistics of a batch norm move without a new `_version`.
+                if not torch.equal(b, value):
+                    b.copy_(value)
+
+
 def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 

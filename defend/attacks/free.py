@@ -1,13 +1,15 @@
 """Free adversarial training: the backward of the training step is the attack's gradient too."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from defend.attacks.ascent import step_up_
+from defend.attacks.ascent import Model, step_up_
+from defend.attacks.attack import Perturber, TrainingAttack
 from defend.attacks.pgd import PGD
+from defend.attacks.result import AttackResult, GradientCounts
 from defend.errors import InputError
 from defend.threat.balls import Ball
 from defend.threat.inputs import InputSpace
@@ -15,7 +17,7 @@ from defend.threat.region import Region
 
 
 @dataclasses.dataclass(frozen=True)
-class Free:
+class Free(TrainingAttack):
     r"""Free adversarial training (Shafahi et al. 2019, arXiv 1904.12843).
 
     Every batch is trained `replays` times in a row, and one backward gives the gradients of the
@@ -48,11 +50,13 @@ class Free:
         InputError: for settings out of range.
     """
 
-    ball: Ball
+    ball: Ball = dataclasses.field()  # without a default, whatever the base has
     _: dataclasses.KW_ONLY
     replays: int = 8
     step_size: float | None = None
     inputs: InputSpace = InputSpace()
+
+    uses_training_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.ball, Ball):
@@ -68,6 +72,9 @@ class Free:
         """The perturbation of one training, zero so far."""
         return FreePerturbation(self)
 
+    def watched(self) -> PGD:
+        return self.single_step()
+
     def single_step(self) -> PGD:
         """One such step from the clean input, as an attack: what `OverfittingAlarm` can watch."""
         return PGD(
@@ -79,12 +86,12 @@ class Free:
         )
 
 
-class FreePerturbation:
+class FreePerturbation(Perturber):
     """δ of one training. Around every training step:
 
-        x_adv = perturbation.perturb(x)      # a leaf that wants a gradient
-        loss(model(x_adv), y).backward()     # the training's own backward
-        perturbation.absorb()                # δ takes its step
+        x_adv = perturbation.perturb(model, x, y).x_adv    # a leaf that wants a gradient
+        loss(model(x_adv), y).backward()                   # the training's own backward
+        counts = perturbation.after_backward()             # δ takes its step
 
     Attributes:
         free: its settings.
@@ -96,27 +103,39 @@ class FreePerturbation:
         self.free = free
         self.delta: Tensor | None = None
         self._pending: tuple[Tensor, Region, Tensor | None] | None = None
-        self._gradients = 0
-        self._counts: Tensor | None = None
 
     @property
     def pending(self) -> bool:
-        """Whether the last `perturb` waits for its `absorb`."""
+        """Whether the last `perturb` waits for its gradient."""
         return self._pending is not None
 
     @torch.no_grad()
-    def perturb(self, x: Tensor, *, eps: float | None = None) -> Tensor:
-        """x + δ, clipped to the box.
+    def perturb(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        chunk_size: int | str | None = "auto",
+        eps: float | None = None,
+    ) -> AttackResult:
+        """x + δ, clipped to the box. Only x and eps matter here.
 
         A batch larger than any before gets zeros for its new positions; a smaller one leaves the
         positions that it lacks alone. Records of another shape start anew.
 
         Args:
+            model: not called.
             x: clean inputs `[N, ...]`, floating point, in model units; not written to.
+            y: not read.
+            generator: not drawn from.
+            chunk_size: of no use, since nothing is computed row by row.
             eps: another radius than the ball's, in raw units; the step scales along.
 
         Returns:
-            A leaf of the same shape, dtype, device and layout that requires a gradient.
+            x_adv is a leaf of x's shape, dtype, device and layout that requires a gradient;
+            nothing is counted yet.
 
         Raises:
             InputError: for inputs that are not floating point or not inside the box.
@@ -141,14 +160,21 @@ class FreePerturbation:
             adv.requires_grad_()
         moments = space.moments(raw)
         self._pending = (adv, region, None if moments is None else moments[1])
-        return adv
+        return AttackResult(adv)
+
+    def after_backward(self) -> GradientCounts:
+        """`absorb`, where a batch waits for its gradient; else nothing."""
+        return self.absorb() if self.pending else GradientCounts()
 
     @torch.no_grad()
-    def absorb(self) -> None:
+    def absorb(self) -> GradientCounts:
         """Move δ by the gradient that the training's backward left in the last `perturb`'s x_adv.
 
         A positive factor of the loss, as the 1/N of a mean or the scale of a gradient scaler, does
-        not matter. A gradient that is not finite moves nothing and is counted.
+        not matter. A gradient that is not finite moves nothing.
+
+        Returns:
+            One gradient for each record; how many were zero or not finite stays on the device.
 
         Raises:
             InputError: if nothing waits for its gradient, or if none came.
@@ -168,18 +194,8 @@ class FreePerturbation:
                 "against PGD or fgsm_rs."
             )
         rows = delta[: len(adv)]
-        counts = step_up_(rows, adv.grad, ball, region, self._step_size(region), std)
-        self._counts = counts if self._counts is None else self._counts.to(counts) + counts
-        self._gradients += len(adv)
-
-    def take_counts(self) -> tuple[int, Tensor | int, Tensor | int]:
-        """Gradients absorbed since the last call, how many were zero, how many not finite.
-
-        Counts on a device stay there: tensors without dimensions.
-        """
-        gradients, counts = self._gradients, self._counts
-        self._gradients, self._counts = 0, None
-        return (gradients, 0, 0) if counts is None else (gradients, counts[0], counts[1])
+        useless = step_up_(rows, adv.grad, ball, region, self._step_size(region), std)
+        return GradientCounts(len(adv), *useless)
 
     def _step_size(self, region: Region) -> Tensor:
         """`step_size` at the ball's own radius, growing with the radius in force."""

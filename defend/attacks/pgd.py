@@ -1,6 +1,7 @@
 """Projected gradient ascent: the only gradient attack in defend, for every norm."""
 
 import dataclasses
+import math
 import warnings
 from functools import partial
 from typing import ClassVar, Self
@@ -8,35 +9,24 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from defend.attacks import cuda_graphs, pgd_settings
 from defend.attacks.ascent import Ascent, Best, Model, PerRecordLoss, Problem
-from defend.attacks.attack import AttackResult
+from defend.attacks.attack import Attack
 from defend.attacks.context import logits_of, no_trace
-from defend.attacks.cuda_graphs import cache as graphs
-from defend.attacks.precision import PRECISIONS, Context, as_now, autocast, keeps_casts
-from defend.attacks.restarts import Climb
+from defend.attacks.pgd_settings import LOSSES, check_batch, loss_of, narrowest_width
+from defend.attacks.precision import Context, as_now, autocast, keeps_casts
+from defend.attacks.restarts import Restarts
+from defend.attacks.result import AttackResult
 from defend.attacks.sizing import ChunkSize
 from defend.batching.chunks import check_chunk_size
 from defend.batching.memory import SHARE
-from defend.errors import InputError
-from defend.objectives.losses import (
-    cross_entropy,
-    in_full_precision,
-    kl,
-    margin,
-    targeted_margin,
-)
+from defend.objectives.losses import in_full_precision
 from defend.threat.balls import Ball
-from defend.threat.inputs import InputSpace, check_rows
-
-_LOSSES: dict[str, PerRecordLoss] = {
-    "ce": cross_entropy,
-    "margin": margin,
-    "kl": lambda logits, clean: kl(clean, logits),
-}
+from defend.threat.inputs import InputSpace
 
 
 @dataclasses.dataclass(frozen=True)
-class PGD:
+class PGD(Attack):
     r"""Projected gradient descent attack (Madry et al. 2018, arXiv 1706.06083).
 
     From a random δ₀ in the ball, `steps` times:
@@ -66,7 +56,7 @@ class PGD:
             the price of one more forward. None means the last, and the best in `evaluate` and
             `RobustnessEvaluation`.
         stop_when_fooled: a record that fools the model stays where it is, and the batch shrinks to
-            those still standing. Asks the device for their number once a step. With a `precision`
+            those not fooled yet. Asks the device for their number once a step. With a `precision`
             of its own, those that seem fooled are looked at once more without it.
         precision: "fp32", "bf16" or "fp16" autocast for the attack's forwards and backwards,
             apart from the training's; None means the autocast in force.
@@ -77,7 +67,8 @@ class PGD:
         cuda_graphs: on a GPU, capture a step when a shape comes up the second time, and replay it.
             What the forward decides in Python is then decided once (a change of the model's
             attributes is noticed, one of a list or closure only by a check now and then); where
-            capturing fails, a log line says why and steps run one by one.
+            capturing fails, a log line says why and steps run one by one. Off until measured on a
+            GPU: `benchmarks/results/`.
 
     *Guarantees.* For x in the box: ‖x_adv − x‖ ≤ eps in raw units and x_adv in the box, both to
     the rounding of x's dtype; same shape, dtype, device and layout; row i of x_adv depends on
@@ -90,7 +81,7 @@ class PGD:
             lie outside the box or do not match y, and for a radius or mask that does not fit.
     """
 
-    ball: Ball
+    ball: Ball = dataclasses.field()  # without a default, whatever the base has
     _: dataclasses.KW_ONLY
     steps: int = 10
     step_size: float | None = None
@@ -104,55 +95,20 @@ class PGD:
     precision: str | None = None
     channels_last: bool = False
     inputs: InputSpace = InputSpace()
-    cuda_graphs: bool = True
+    cuda_graphs: bool = False
 
-    losses: ClassVar[tuple[str, ...]] = tuple(_LOSSES)
+    losses: ClassVar[tuple[str, ...]] = tuple(LOSSES)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "restarts"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"Expected `{name}` to be an integer ≥ 1, got {value!r}.")
-        if not isinstance(self.ball, Ball):
-            raise InputError(
-                f"Expected `ball` to be a ball such as Linf(8 / 255), got {self.ball!r}."
-            )
-        if not isinstance(self.inputs, InputSpace):
-            raise InputError(f"Expected `inputs` to be an InputSpace, got {self.inputs!r}.")
-        self.inputs.check_radius(self.ball)
-        if self.step_size is not None and not 0 < self.step_size < float("inf"):
-            raise InputError(f"Expected `step_size` to be > 0 or None, got {self.step_size}.")
-        if self.start_radius is not None and not 0 < self.start_radius < float("inf"):
-            raise InputError(f"Expected `start_radius` to be > 0 or None, got {self.start_radius}.")
-        if isinstance(self.loss, str) and self.loss not in _LOSSES:
-            raise InputError(
-                f"Expected `loss` to be one of {sorted(_LOSSES)} or a callable "
-                f"(logits, y) -> [N], got {self.loss!r}."
-            )
-        if self.iterate not in (None, "last", "best"):
-            raise InputError(f"Expected `iterate` to be 'last' or 'best', got {self.iterate!r}.")
-        if self.precision not in (None, *PRECISIONS):
-            raise InputError(
-                f"Expected `precision` to be None or one of {sorted(PRECISIONS)}, got "
-                f"{self.precision!r}."
-            )
-        if self.targeted and self.loss == "kl":
-            raise InputError(
-                "Expected another loss than 'kl' with targeted=True: the divergence from the "
-                "clean input knows no target. Use 'ce' or 'margin'."
-            )
-        if self.random_start:
-            return
-        if self.restarts > 1:
-            raise InputError(
-                "Expected `random_start=True` with restarts > 1, got False: every restart would "
-                "be the same run."
-            )
-        if self.loss == "kl":
-            raise InputError(
-                "Expected `random_start=True` with loss='kl', got False: the divergence has no "
-                "gradient at the clean input itself."
-            )
+        pgd_settings.check_threat(self.ball, self.inputs)
+        pgd_settings.check_numbers(self.steps, self.restarts, self.step_size, self.start_radius)
+        pgd_settings.check_choices(self.loss, self.iterate, self.precision)
+        pgd_settings.check_combination(self.loss, self.targeted, self.random_start, self.restarts)
+
+    @property
+    def is_one_step(self) -> bool:
+        # A loss of the user's own may be for a model that is no classifier.
+        return self.steps == 1 and isinstance(self.loss, str)
 
     @property
     def effective_step_size(self) -> float:
@@ -177,6 +133,36 @@ class PGD:
         """The same attack, returning its best iterate unless `iterate` says otherwise."""
         return dataclasses.replace(self, iterate=self.iterate or "best")
 
+    def until_fooled(self) -> Self:
+        # A record once fooled needs no more steps.
+        return dataclasses.replace(self.for_evaluation(), stop_when_fooled=True)
+
+    def increasing(self, inner_loss: str, start_radius: float | None) -> Self:
+        """The attack on `inner_loss`; one whose loss is not "ce" was chosen so, and stays."""
+        if self.loss != "ce" or inner_loss == "ce":
+            return self
+        start = self.start_radius
+        if start is None and start_radius is not None:
+            start = min(start_radius * narrowest_width(self.inputs), self.ball.eps) or None
+        return dataclasses.replace(self, loss=inner_loss, start_radius=start)
+
+    def probe(self) -> Self:
+        """PGD-10 at the radius that is defended."""
+        eps, start, step = self.ball.eps, self.start_radius, self.step_size
+        if self.steps == 1 and start and step and math.isclose(start + step, eps):
+            eps = step  # N-FGSM: noise outside ε, one step of ε, and a ball that holds both
+        return dataclasses.replace(
+            self,
+            ball=self.ball.with_eps(eps),
+            steps=10,
+            step_size=None,
+            random_start=True,
+            start_radius=None,
+            restarts=1,
+            iterate=None,
+            stop_when_fooled=False,
+        )
+
     def __call__(
         self,
         model: Model,
@@ -188,26 +174,8 @@ class PGD:
         eps: float | Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Attack a batch; warns where gradients were not finite.
-
-        Args:
-            model: a module or callable; model(x) gives logits `[N, classes]`.
-            x: clean inputs `[N, ...]`, floating point, in model units.
-            y: targets `[N]` (or whatever the loss takes, one row a record).
-            generator: source of the random start; None draws from fresh OS entropy. The global
-                RNG is never read, so pass a seeded one for results that repeat.
-            chunk_size: most rows to run through the model at once; the random start is drawn for
-                the whole batch first, so the result does not depend on it. "auto": on a GPU what
-                fits into its memory, elsewhere what stays warm. A chunk that does not fit after
-                all is halved.
-            eps: another radius than the ball's: a number, or one for each record, `[N]`. Step size
-                and start scale along.
-            mask: True where x may change; any shape that broadcasts to x's.
-
-        Returns:
-            x_adv, detached.
-        """
-        result = self.run(
+        """x_adv of `perturb`; warns where gradients were not finite."""
+        result = self.perturb(
             model, x, y, generator=generator, chunk_size=chunk_size, eps=eps, mask=mask
         )
         broken = int(result.nonfinite_gradients)
@@ -219,7 +187,7 @@ class PGD:
             )
         return result.x_adv
 
-    def run(
+    def perturb(
         self,
         model: Model,
         x: Tensor,
@@ -230,16 +198,32 @@ class PGD:
         eps: float | Tensor | None = None,
         mask: Tensor | None = None,
     ) -> AttackResult:
-        """As a call, with the counts of useless gradients; they are left on the device."""
-        self._check(x, y)
+        """Attack a batch; arguments that are not explained here are those of `Attack.perturb`.
+
+        Args:
+            y: targets `[N]` (or whatever the loss takes, one row a record).
+            generator: source of the random start. The global RNG is never read, so pass a seeded
+                one for results that repeat.
+            chunk_size: most rows to run through the model at once; the random start is drawn for
+                the whole batch first, so the result does not depend on it. "auto": on a GPU what
+                fits into its memory, elsewhere what stays warm. A chunk that does not fit after
+                all is halved.
+            eps: another radius than the ball's: a number, or one for each record, `[N]`. Step size
+                and start scale along.
+            mask: True where x may change; any shape that broadcasts to x's.
+
+        Returns:
+            x_adv, detached, and the counts of gradients, which are left on the device.
+        """
+        check_batch(x, y, channels_last=self.channels_last)
         check_chunk_size(chunk_size)
         if len(x) == 0:
-            none = torch.zeros((), dtype=torch.int64, device=x.device)
-            return AttackResult(x.detach().clone(), 0, none, none)
+            return AttackResult(x.detach().clone())
         if generator is None:
             generator = torch.Generator(device=x.device)
             generator.seed()
-        graphed = self._may_capture(model, x)
+        graphed = self.cuda_graphs and not self.stop_when_fooled
+        graphed = graphed and cuda_graphs.may_capture(model, x)
         with no_trace(model, x.device, freeze=graphed or not keeps_casts(self.precision, x.device)):
             # Clones made here are ordinary tensors even where x was made in inference mode.
             layout = torch.channels_last if self.channels_last else torch.preserve_format
@@ -247,7 +231,7 @@ class PGD:
             problem = self._problem(clean, y, eps, mask)
             judge = as_now(x.device) if self.precision and self.stop_when_fooled else None
             with autocast(self.precision, x.device):
-                climb = Climb(
+                restarts = Restarts(
                     problem,
                     start=partial(self.start, problem, generator),
                     ascent=partial(self.ascent, model, judge),
@@ -258,24 +242,10 @@ class PGD:
                     size=self._chunk_size(model, x),
                     asked=chunk_size,
                 )
-                x_adv = torch.empty_like(x).copy_(problem.result(climb.best()))
-        return AttackResult(x_adv, climb.gradients, *climb.counts)
+                x_adv = torch.empty_like(x).copy_(problem.result(restarts.best()))
+        return AttackResult(x_adv, restarts.counts)
 
-    def _check(self, x: Tensor, y: Tensor) -> None:
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-            raise InputError(
-                f"Expected x and y to be tensors, got {type(x).__name__} and {type(y).__name__}. "
-                "Give one target a record, whatever the loss."
-            )
-        check_rows(x)
-        if self.channels_last and x.ndim != 4:
-            raise InputError(
-                f"Expected images [N, C, H, W] with channels_last=True, got shape {tuple(x.shape)}."
-            )
-        if len(x) != len(y):
-            raise InputError(
-                f"Expected one target a record, got {len(x)} inputs, {len(y)} targets."
-            )
+    _perturb = perturb  # which leaves no trace by itself
 
     def _problem(
         self, x: Tensor, y: Tensor, eps: float | Tensor | None, mask: Tensor | None
@@ -321,12 +291,12 @@ class PGD:
     ) -> Ascent:
         """One run over some records, from `delta`, which it moves."""
         if self.loss == "kl":
-            # With a graph, though nobody needs it: autocast would keep casts of weights without.
+            # Not under no_grad: autocast would keep casts of the weights without their graph.
             clean = in_full_precision(logits_of(model(problem.apply(torch.zeros_like(delta)))))
             problem = dataclasses.replace(problem, target=clean.detach())
         return Ascent(
             model=model,
-            loss=self._loss(),
+            loss=loss_of(self.loss, targeted=self.targeted),
             ball=self.ball,
             problem=problem,
             delta=delta,
@@ -337,15 +307,7 @@ class PGD:
             counts=torch.zeros(2, dtype=torch.int64, device=delta.device),
         )
 
-    def _loss(self) -> PerRecordLoss:
-        if not isinstance(self.loss, str):
-            return self.loss
-        return targeted_margin if self.targeted and self.loss == "margin" else _LOSSES[self.loss]
-
     def _chunk_size(self, model: Model, x: Tensor) -> ChunkSize:
         autocast = torch.is_autocast_enabled(x.device.type)
         key = (x.shape[1:], x.dtype, self.ball.name, self.iterate, self.precision, autocast)
         return ChunkSize(model, key, x.device, SHARE)
-
-    def _may_capture(self, model: Model, x: Tensor) -> bool:
-        return self.cuda_graphs and not self.stop_when_fooled and graphs.may_capture(model, x)

@@ -10,16 +10,16 @@ from torch import nn
 
 from defend.batching.memory import free_bytes, kept_bytes, peak_bytes, rows_that_fit
 
-_ENOUGH = 12  # rows in a batch, to measure what a row takes
-_MOST = 2**30
+_MEASURED_ROWS = 12  # of a batch, to measure what a row takes
+_NO_LIMIT = 2**30
 
-# On a CPU, more than so much is handed back to the system after every step, and comes again page
-# by page: measured, it cost a small CNN a third of its time. Fewer rows than so many are slower.
-_KEPT_ON_CPU = 40e6
-_FEWEST_ON_CPU = 32
+# Activations of more bytes are handed back to the system after every step on a CPU, and come again
+# page by page: measured, it cost a small CNN a third of its time. Fewer rows than these are slower.
+_MAX_KEPT_BYTES_ON_CPU = 40e6
+_MIN_ROWS_ON_CPU = 32
 
-# Rows known to fit, by what is run: for as long as the model lives.
-_KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, int]] = WeakKeyDictionary()
+# Rows known to fit, by kind of batch, for as long as the model lives.
+_KNOWN_ROWS: WeakKeyDictionary[nn.Module, dict[Hashable, int]] = WeakKeyDictionary()
 
 
 class ChunkSize:
@@ -34,7 +34,7 @@ class ChunkSize:
 
     def __init__(self, model: Any, key: Hashable, device: torch.device, share: float) -> None:
         self._remembers = isinstance(model, nn.Module)
-        self._known = _KNOWN.setdefault(model, {}) if self._remembers else {}
+        self._known = _KNOWN_ROWS.setdefault(model, {}) if self._remembers else {}
         self._key, self._device, self._share = key, device, share
 
     def rows(
@@ -47,7 +47,7 @@ class ChunkSize:
         Args:
             asked: what the user said: a number, None for all rows, or "auto".
             batch: rows there are.
-            step: rows → one step of the attack on so many of them.
+            step: runs one step of the attack on the given number of rows.
         """
         most = int(asked) if isinstance(asked, int) else batch
         if asked == "auto":
@@ -55,12 +55,12 @@ class ChunkSize:
         return min(most, self._known.get(self._key, most))
 
     def _measured(self, batch: int, step: Callable[[int], object]) -> int:
-        """What is good for a batch if nobody says; measured the first time."""
+        """The rows for "auto"; measured for the first large enough batch of its kind."""
         if self._device.type == "cuda":
-            key, fewest, measure = self._key, _ENOUGH - 1, self._fitting
+            key, fewest, measure = self._key, _MEASURED_ROWS - 1, self._fitting
         else:
-            # Apart from what is known to fit: it is a matter of speed alone.
-            key, fewest, measure = ("warm", self._key), _FEWEST_ON_CPU, self._warm
+            # Kept apart from what is known to fit, since it is only a matter of speed.
+            key, fewest, measure = ("warm", self._key), _MIN_ROWS_ON_CPU, self._warm
         if key not in self._known:
             if batch <= fewest or not self._remembers:
                 return batch
@@ -68,20 +68,24 @@ class ChunkSize:
         return self._known[key]
 
     def _warm(self, step: Callable[[int], object]) -> int:
-        few, more = (kept_bytes(partial(step, rows)) for rows in (_ENOUGH // 2, _ENOUGH))
-        per_row = max((more - few) / (_ENOUGH - _ENOUGH // 2), 1.0)
-        return max(_FEWEST_ON_CPU, int(_KEPT_ON_CPU / per_row))
+        """Rows whose activations stay in the process's memory on a CPU."""
+        few, more = (
+            kept_bytes(partial(step, rows)) for rows in (_MEASURED_ROWS // 2, _MEASURED_ROWS)
+        )
+        per_row = max((more - few) / (_MEASURED_ROWS - _MEASURED_ROWS // 2), 1.0)
+        return max(_MIN_ROWS_ON_CPU, int(_MAX_KEPT_BYTES_ON_CPU / per_row))
 
     def _fitting(self, step: Callable[[int], object]) -> int:
+        """Rows that fit into the memory of a GPU."""
         try:
             return rows_that_fit(
                 lambda rows: peak_bytes(lambda: step(rows), self._device),
                 free_bytes(self._device),
-                most=_MOST,
+                most=_NO_LIMIT,
                 share=self._share,
             )
         except torch.OutOfMemoryError:
-            return _ENOUGH // 2  # halved again where that is too many
+            return _MEASURED_ROWS // 2  # halved again where that is too many
 
     def remember(self, tried: int | None, fitted: int) -> None:
         """After a batch: the next one begins with what fitted."""

@@ -9,7 +9,7 @@ import torch
 from defend.batching.chunks import even_bounds
 
 SHARE = 0.8  # of the free memory; the rest is for fragments and what other steps need
-_FEW, _MORE = 4, 12
+_FEW_ROWS, _MORE_ROWS = 4, 12  # that are measured
 
 
 def rows_that_fit(
@@ -29,7 +29,7 @@ def rows_that_fit(
     Returns:
         Rows, from 1 to `most`. A step that does not fit after all is halved when it fails.
     """
-    few, more = min(_FEW, most), min(_MORE, most)
+    few, more = min(_FEW_ROWS, most), min(_MORE_ROWS, most)
     if few == more:
         return most
     measure(few)  # the first step also allocates what stays: workspaces of kernels

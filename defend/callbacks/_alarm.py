@@ -1,20 +1,18 @@
 """The alarm for catastrophic overfitting, on a Trainer."""
 
+from typing import Any
+
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from defend.attacks.attack import Attack
-from defend.attacks.free import Free
-from defend.attacks.pgd import PGD
+from defend.attacks.attack import as_attack
 from defend.errors import InputError
 from defend.evaluation.overfitting import OverfittingAlarm, OverfittingWatch
 
 
-def chosen_watch(
-    alarm: OverfittingAlarm | str | None, attack: Attack | Free
-) -> OverfittingWatch | None:
+def chosen_watch(alarm: OverfittingAlarm | str | None, attack: Any) -> OverfittingWatch | None:
     """The watch over a training against `attack`, or None for no watch.
 
     Args:
@@ -24,24 +22,21 @@ def chosen_watch(
     Raises:
         InputError: for another `alarm`, or one that cannot watch or switch this attack.
     """
+    training_attack = as_attack(attack)
     if alarm == "auto":
-        # A loss of the user's own may be for a model that is no classifier.
-        one_step = isinstance(attack, PGD) and attack.steps == 1 and isinstance(attack.loss, str)
-        return OverfittingAlarm().watch(attack) if one_step else None  # type: ignore[arg-type]
+        return OverfittingAlarm().watch(training_attack) if training_attack.is_one_step else None
     if alarm is None:
         return None
     if not isinstance(alarm, OverfittingAlarm):
         raise InputError(
             f"Expected `alarm` to be 'auto', None or an OverfittingAlarm, got {alarm!r}."
         )
-    if not isinstance(attack, Free):
-        return alarm.watch(attack)
-    if alarm.switch:
+    if alarm.switch and training_attack.uses_training_gradient:
         raise InputError(
             "Expected an alarm with switch=False with Free, got switch=True: its batches are "
             "replayed, and PGD would train on each several times. Stop, and go on with PGD."
         )
-    return alarm.watch(attack.single_step())
+    return alarm.watch(training_attack)
 
 
 def look(

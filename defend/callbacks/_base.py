@@ -13,11 +13,14 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from defend.callbacks._seams import Seams
+from defend.callbacks._strategy import PatchedStrategy
 
 # An `Attack`, under a name by which LightningCLI builds one from a class path: jsonargparse takes
 # a protocol of a function that returns tensors for one of classes that are tensors.
 BuildableAttack = Callable[..., Any]
+
+# What a callback holds of a fit that is under way.
+_OF_A_FIT = {"_trainer", "_stopwatch", "_data", "_fit"}
 
 
 class DefendCallback(Callback):
@@ -28,21 +31,21 @@ class DefendCallback(Callback):
     callbacks it has.
 
     Strategies that fork or spawn (ddp_spawn, ddp_notebook) run the fit on copies of the callbacks
-    and bring back none of them. What a copy learned (`carried`) would be lost, spent ε included; so
-    rank 0 keeps it in a file whose name the original knows, and `receive` takes it up.
+    and bring back none of them. What a copy learned (`state_to_send`) would be lost, spent ε
+    included; so rank 0 writes it to a file whose name the original knows, and the original reads it
+    (`receive_state`).
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._home = os.getpid()
-        self._mailbox = str(Path(tempfile.gettempdir(), f"defend-{uuid.uuid4().hex}.json"))
+        self._state_file = str(Path(tempfile.gettempdir(), f"defend-{uuid.uuid4().hex}.json"))
         self._is_rank_zero = False
-        weakref.finalize(self, _discard, self._mailbox, self._home)
+        weakref.finalize(self, _discard, self._state_file, self._home)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, and a pickle, hold no trainer, nor anything of its fit."""
-        of_a_fit = {"_trainer", "_seams", "_stopwatch"} & set(vars(self))
-        return {**vars(self), **dict.fromkeys(of_a_fit)}
+        return {**vars(self), **dict.fromkeys(set(vars(self)) & _OF_A_FIT)}
 
     def settings(self) -> dict[str, Any]:
         """Facts known before the first step; logged as parameters `defend/<name>`."""
@@ -52,36 +55,36 @@ class DefendCallback(Callback):
         """Facts known after the last step; they go to the card."""
         return {}
 
-    def carried(self) -> dict[str, Any]:
+    def state_to_send(self) -> dict[str, Any]:
         """What must outlive a fit that ran in another process, as plain data."""
         return {}
 
-    def receive(self, carried: dict[str, Any]) -> None:
-        """Take up what `carried` gave in that process."""
+    def receive_state(self, state: dict[str, Any]) -> None:
+        """Take up what `state_to_send` gave in that process."""
 
-    def collect(self, *, in_copy: bool = False) -> None:
+    def fetch_state(self, *, in_copy: bool = False) -> None:
         """Take up what a fit in another process left, if one did.
 
         Args:
             in_copy: also where this object is itself such a copy (at the start of its fit).
         """
-        mailbox = Path(self._mailbox)
-        if (in_copy or os.getpid() == self._home) and mailbox.exists():
-            self.receive(json.loads(mailbox.read_text()))
+        file = Path(self._state_file)
+        if (in_copy or os.getpid() == self._home) and file.exists():
+            self.receive_state(json.loads(file.read_text()))
             if os.getpid() == self._home:
-                mailbox.unlink()
+                file.unlink()
 
-    def post(self) -> None:
+    def send_state(self) -> None:
         """In a copy on rank 0: leave what it learned so far. Elsewhere: nothing."""
         if os.getpid() == self._home or not self._is_rank_zero:
             return
-        carried = self.carried()
-        if not carried:
+        state = self.state_to_send()
+        if not state:
             return
         # Written whole or not at all: a reader never sees half a file, and a crash loses nothing.
-        draft = Path(f"{self._mailbox}.{os.getpid()}")
-        draft.write_text(json.dumps(carried))
-        draft.replace(self._mailbox)
+        draft = Path(f"{self._state_file}.{os.getpid()}")
+        draft.write_text(json.dumps(state))
+        draft.replace(self._state_file)
 
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave trainer and module as they were. Called at the end of a fit, also a failed one."""
@@ -104,27 +107,27 @@ class DefendCallback(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._end(trainer, pl_module)
-        self.post()
+        self.send_state()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         # Lightning calls this instead of `teardown` when a run fails; for spawned processes, in the
         # original only.
-        self.collect()
+        self.fetch_state()
         self._end(trainer, pl_module)
 
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        Seams.unwrap(trainer)
+        PatchedStrategy.unwrap(trainer)
         self.clean_up(trainer, pl_module)
 
     def _writes_evidence(self, trainer: pl.Trainer) -> bool:
         return trainer.is_global_zero and _ours(trainer)[-1] is self
 
 
-def _discard(mailbox: str, home: int) -> None:
+def _discard(state_file: str, home: int) -> None:
     if os.getpid() == home:
-        Path(mailbox).unlink(missing_ok=True)
+        Path(state_file).unlink(missing_ok=True)
 
 
 def _ours(trainer: pl.Trainer) -> list[DefendCallback]:
@@ -151,7 +154,7 @@ def describe_attack(attack: Any) -> dict[str, Any]:
         "attack_step_size": getattr(attack, "effective_step_size", None),
         "attack_loss": _loss_of(attack),
         "attack_restarts": None if restarts == 1 else restarts,
-        "replays": getattr(attack, "replays", None),
+        "replays": attack.replays if getattr(attack, "uses_training_gradient", False) else None,
         "inputs": getattr(attack, "inputs", None),
         "attack_settings": brief(attack) if dataclasses.is_dataclass(attack) else None,
     }

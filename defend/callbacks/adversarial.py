@@ -1,28 +1,26 @@
 """Adversarial training of an unmodified LightningModule."""
 
-import math
+import contextlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from defend.attacks.free import Free
+from defend.attacks.attack import TrainingAttack
+from defend.attacks.result import GradientCounts, rates
 from defend.batching.replay import Replayed
 from defend.callbacks import _alarm
 from defend.callbacks._base import BuildableAttack, DefendCallback, brief, describe_attack
-from defend.callbacks._progress import epochs_trained, refuse_warmup_without_an_end
-from defend.callbacks._refusals import refuse_beside_manual_optimization, refuse_beside_privacy
-from defend.callbacks._seams import Seams, with_penalty
+from defend.callbacks._setup import refuse_warmup_without_an_end
+from defend.callbacks._strategy import PatchedStrategy
 from defend.callbacks.privacy import DifferentialPrivacy
-from defend.errors import InputError
+from defend.errors import InputError, PrivacyError
 from defend.evaluation.overfitting import OverfittingAlarm
 from defend.objectives import Madry, Objective
-from defend.training.adversarial import AdversarialSettings, AdversarialSteps, AttackedBatch
+from defend.training.adversarial import AdversarialSteps
+from defend.training.config import Adversarial, settings_from
 from defend.training.stopwatch import Stopwatch
-from defend.training.tally import rates
 
 
 class AdversarialTraining(DefendCallback):
@@ -71,6 +69,8 @@ class AdversarialTraining(DefendCallback):
         input_key: where the inputs are in a batch: a position in a list or tuple, a name in a
             dict, either in a namedtuple or dataclass.
         target_key: likewise for the targets.
+        seed: of random starts and of which records stay clean, ≥ 0; None takes that of
+            `seed_everything`. Not beside `DifferentialPrivacy`.
         chunk_size: most rows attacked at once. "auto": what fits, or the private chunk under
             `DifferentialPrivacy`. Does not change the result.
 
@@ -84,7 +84,7 @@ class AdversarialTraining(DefendCallback):
 
     def __init__(
         self,
-        attack: Free | BuildableAttack,  # in this order, LightningCLI reads what it wrote
+        attack: TrainingAttack | BuildableAttack,  # in this order, LightningCLI reads what it wrote
         *,
         objective: Objective = Madry(),
         clean_fraction: float = 0.0,
@@ -92,42 +92,33 @@ class AdversarialTraining(DefendCallback):
         alarm: OverfittingAlarm | str | None = "auto",
         input_key: int | str = 0,
         target_key: int | str = 1,
+        seed: int | None = None,
         chunk_size: int | str | None = "auto",
     ) -> None:
         super().__init__()
-        self._settings = AdversarialSettings(
-            attack,
-            objective=objective,
-            clean_fraction=clean_fraction,
-            warmup_epochs=warmup_epochs,
-            input_key=input_key,
-            target_key=target_key,
-            chunk_size=chunk_size,
-        )
+        self._settings: Adversarial = settings_from(Adversarial, locals())
         self._alarm = alarm
         self._stage: str | None = None
-        self._start_anew()
+        self._begin_training()
         self._forget_last_fit()
 
-    def _start_anew(self) -> None:
+    def _begin_training(self) -> None:
         """As new: nothing of a training before, of another model perhaps, goes into the next."""
-        self._steps = AdversarialSteps(self._settings)
-        self._tried = AdversarialSteps(self._settings, tried=True)
-        self._watch = _alarm.chosen_watch(self._alarm, self._steps.attack)
+        self.steps = AdversarialSteps(self._settings)
+        self._watch = _alarm.chosen_watch(self._alarm, self.steps.attack)
         self._warned = self._switched = False
-        self._seed: int | None = None
+        self._seed = self._settings.seed
 
     def _forget_last_fit(self) -> None:
         self._trainer: pl.Trainer | None = None
-        self._seams: Seams | None = None
         self._stopwatch: Stopwatch | None = None
         self._epoch_start = 0.0
 
     @property
     def attack(self) -> Any:
         """The attack that is trained against now."""
-        self.collect()
-        return self._steps.attack
+        self.fetch_state()
+        return self.steps.attack.source
 
     # --- start and end of a fit -------------------------------------------------------------------
 
@@ -136,24 +127,36 @@ class AdversarialTraining(DefendCallback):
         self._stage = stage
         if stage != "fit":
             return
-        self.collect(in_copy=True)
+        self.fetch_state(in_copy=True)
         if trainer.global_step == 0:  # a checkpoint comes after this
-            self._start_anew()
+            self._begin_training()
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         if any(isinstance(c, DifferentialPrivacy) for c in callbacks):
-            refuse_beside_privacy(self._settings, self._alarm)
-        seams = Seams.of(trainer)
-        if seams.adversary not in (None, self):
+            self._refuse_beside_privacy()
+        patched = PatchedStrategy.of(trainer)
+        if patched.adversary not in (None, self):
             raise InputError("Expected one AdversarialTraining callback, got two.")
-        seams.adversary = self
-        self._trainer, self._seams = trainer, seams
+        patched.adversary = self
+        self._trainer = trainer
         if self._seed is None:
             # Read, not drawn: the global RNG stays where it is.
             self._seed = torch.initial_seed() % 2**62
 
+    def _refuse_beside_privacy(self) -> None:
+        """What one record moves must stay within its one clip, and is not shown without noise."""
+        self._settings.refuse_beside_privacy()
+        if isinstance(self._alarm, OverfittingAlarm):
+            raise PrivacyError(
+                "Expected no alarm beside DifferentialPrivacy, got one: it looks at training "
+                "records without noise. Look at validation records, with RobustnessEvaluation."
+            )
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not pl_module.automatic_optimization:
-            refuse_beside_manual_optimization(self._settings)
+        if not pl_module.automatic_optimization and self._settings.joins_the_step:
+            raise InputError(
+                f"Expected automatic optimization with {self._settings.method}, got a module that "
+                "steps by itself: what it does with its loss is not known. Use Madry() with PGD."
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -166,109 +169,46 @@ class AdversarialTraining(DefendCallback):
 
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stage = None
-        self._steps.restore_weights()
+        self.steps.restore_weights()
         self._forget_last_fit()
 
-    # --- one step ---------------------------------------------------------------------------------
-
-    @property
-    def moves_weights(self) -> bool:
-        """Whether the gradient is taken at other weights than those that step."""
-        return self._settings.moves_weights
-
-    def transform(
-        self, batch: Any, module: torch.nn.Module, *, anew: int | None = None
-    ) -> AttackedBatch:
-        """The batch, clean and attacked; the batch itself is untouched.
-
-        On a copy of the module `anew` asks for other secret numbers than those of this step.
-        """
-        trainer, seams = self._trainer, self._seams
-        assert trainer is not None
-        assert seams is not None
-        x, _ = self._steps.inputs_of(batch)
-        private, real = seams.private, module is trainer.lightning_module
-        steps = self._steps if real else self._tried
-        timed = self._stopwatch_on(x.device) if real else nullcontext()
-        with timed, trainer.precision_plugin.forward_context():
-            return steps.attacked(
-                module,
-                batch,
-                generator=(
-                    self._generator(trainer, x.device)
-                    if private is None
-                    else private.attack_generator(x.device, anew=anew)
-                ),
-                epochs=epochs_trained(trainer) if real else math.inf,
-                chunk_size="auto" if private is None else private.step_chunk_size,
-                private=private is not None,
-                views=1 if private is None else private.views,
-            )
-
-    def run(
-        self, made: AttackedBatch | Any, module: torch.nn.Module, step: Callable[[Any], Any]
-    ) -> Any:
-        """What the training step returns for the attacked batch, its loss completed."""
-        trainer, seams = self._trainer, self._seams
-        assert trainer is not None
-        assert seams is not None
-        private, precision = seams.private, trainer.precision_plugin.forward_context
-        if module is trainer.lightning_module:
-            steps, released = self._steps, None if private is None else private.released
-        else:  # any direction will do for AWP; the weights' own is at hand
-            steps, released = self._tried, dict(module.named_parameters())
-            if not isinstance(made, AttackedBatch):
-                made = steps.unattacked(made)
-        return steps.run(
-            module, made, step, add=with_penalty, precision=precision, released=released
-        )
-
-    @contextmanager
-    def backward(self) -> Iterator[None]:
-        """Around the backward: weights go back to where the optimizer is to move them from."""
-        try:
-            yield
-            self._steps.after_backward()
-        finally:
-            self._steps.restore_weights()
-            self._tried.restore_weights()
+    # --- one step: `defend.training.step` asks for these ------------------------------------------
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._steps.restore_weights()  # before the module's own hook looks at them
+        self.steps.restore_weights()  # before the module's own hook looks at them
 
     def replace_loader(self, loader: Any) -> Any:
-        """Free trains each batch several times in a row."""
-        attack = self._steps.attack
-        return Replayed(loader, attack.replays) if isinstance(attack, Free) else loader
+        """`Free` trains each batch several times in a row."""
+        replays = self.steps.attack.replays
+        return loader if replays == 1 else Replayed(loader, replays)
 
-    def _generator(
-        self, trainer: pl.Trainer, device: torch.device, *purpose: int
-    ) -> torch.Generator:
+    def timed(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Counts the seconds that attacks take."""
+        if self._stopwatch is None:
+            self._stopwatch = Stopwatch(device)
+        return self._stopwatch
+
+    def generator(self, device: torch.device, *purpose: int) -> torch.Generator:
         """For this batch, rank and purpose: equal on resume, different everywhere else."""
-        assert self._seed is not None
+        trainer = self._trainer
+        assert trainer is not None
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         key = hash((self._seed, trainer.global_rank, batches, *purpose)) % 2**62
         return torch.Generator(device=device).manual_seed(key)
 
     # --- what is logged ---------------------------------------------------------------------------
 
-    def _stopwatch_on(self, device: torch.device) -> Stopwatch:
-        if self._stopwatch is None:
-            self._stopwatch = Stopwatch(device)
-        return self._stopwatch
-
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_start, self._stopwatch = time.perf_counter(), None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Summed over ranks: one that counted nothing must still log what the others log.
-        mine = torch.tensor(self._steps.tally.take(), device=pl_module.device)
-        total, zero, nonfinite = trainer.strategy.reduce(mine, reduce_op="sum").tolist()
-        figures = rates((total, zero, nonfinite))
+        mine = torch.tensor(self.steps.take_counts().to_ints(), device=pl_module.device)
+        figures = rates(GradientCounts(*trainer.strategy.reduce(mine, reduce_op="sum").tolist()))
         attacked = 0.0 if self._stopwatch is None else self._stopwatch.read()
         figures["attack/seconds_share"] = attacked / (time.perf_counter() - self._epoch_start)
         if self._settings.warmup_epochs:
-            figures["attack/eps_share"] = self._steps.eps_share(trainer.current_epoch + 1)
+            figures["attack/eps_share"] = self.steps.eps_share(trainer.current_epoch + 1)
         for name, value in figures.items():
             pl_module.log(name, value, sync_dist=True, batch_size=1)
 
@@ -276,14 +216,12 @@ class AdversarialTraining(DefendCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         watch = self._watch
-        assert self._seams is not None
-        if watch is None or self._switched or self._seams.private is not None:
+        private = PatchedStrategy.of(trainer).privacy is not None
+        if watch is None or private or self._switched or not watch.is_due(trainer.global_step):
             return
-        if not watch.is_due(trainer.global_step):
-            return
-        x, y = self._steps.inputs_of(batch)
-        with self._stopwatch_on(x.device):
-            generator = self._generator(trainer, x.device, 1)  # not the numbers of the attack
+        x, y = self.steps.inputs_of(batch)
+        with self.timed(x.device):
+            generator = self.generator(x.device, 1)  # not the numbers of the attack
             alarm = _alarm.look(watch, trainer, pl_module, x, y, generator)
         if not alarm:
             return
@@ -297,14 +235,14 @@ class AdversarialTraining(DefendCallback):
         watch = self._watch
         if watch is None or not watch.alarm.switch or self._switched == to_alarm:
             return
-        self._steps.switch(watch.attack if to_alarm else self._settings.training_attack())
+        self.steps.switch(watch.attack if to_alarm else self._settings.training_attack())
         self._switched = to_alarm
 
     def settings(self) -> dict[str, Any]:
         settings = self._settings
         facts = {
             "adversarial_training": True,
-            **describe_attack(settings.training_attack()),
+            **describe_attack(settings.training_attack().source),
             "objective": brief(settings.objective),
             "clean_fraction": settings.clean_fraction or None,
             "warmup_epochs": settings.warmup_epochs or None,
@@ -314,27 +252,27 @@ class AdversarialTraining(DefendCallback):
     # --- checkpoints, and copies in other processes -----------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        self.collect()
+        self.fetch_state()
         return {
             "seed": self._seed,
             "switched": self._switched,
             "alarm": None if self._watch is None else self._watch.state_dict(),
-            **self._steps.state_dict(),
+            **self.steps.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._stage not in (None, "fit"):
             return  # validation of a checkpoint is no training
-        self.receive(state_dict)
-        self._steps.load_state_dict(state_dict)
+        self.receive_state(state_dict)
+        self.steps.load_state_dict(state_dict)
         alarm = state_dict.get("alarm")  # older checkpoints have no more than a seed
         if self._watch is not None and alarm is not None:
             self._watch.load_state_dict(alarm)
 
-    def carried(self) -> dict[str, Any]:
+    def state_to_send(self) -> dict[str, Any]:
         return {"seed": self._seed, "switched": self._switched}
 
-    def receive(self, carried: dict[str, Any]) -> None:
-        if carried["seed"] is not None:
-            self._seed = carried["seed"]
-        self._switch(bool(carried.get("switched")))
+    def receive_state(self, state: dict[str, Any]) -> None:
+        if state["seed"] is not None:
+            self._seed = state["seed"]
+        self._switch(bool(state.get("switched")))

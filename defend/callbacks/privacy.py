@@ -1,6 +1,5 @@
 """DP-SGD for an unmodified LightningModule: a thin shell over `defend.training`."""
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,28 +7,27 @@ import lightning.pytorch as pl
 import torch
 
 from defend.callbacks._base import DefendCallback
-from defend.callbacks._seams import Seams
-from defend.callbacks._trainer import (
-    TrainerStep,
-    loss_of,
-    refuse_steering,
-    trainer_facts,
-    without_graph,
-)
+from defend.callbacks._runtime import TrainerRuntime
+from defend.callbacks._setup import refuse_steering, trainer_facts
+from defend.callbacks._strategy import PatchedStrategy
 from defend.errors import InputError, PrivacyError
+from defend.privacy.checks.dry_run import DryRun
 from defend.privacy.checks.preconditions import Setup, check
 from defend.privacy.mechanism.clipping import Clipping, FlatClipping
 from defend.privacy.mechanism.schedules import Schedule
-from defend.training.private import PrivateTraining
+from defend.training.config import Privacy, settings_from
+from defend.training.dry_run_step import step_under_test
+from defend.training.private import PrivateFit, PrivateTraining
+from defend.training.private_data import PrivateData
 from defend.training.processes import Processes
-from defend.training.readings import Readings
-from defend.training.settings import RELEASES, PrivacySettings
+from defend.training.reporting import PrivacyReport
 
 EPSILON = "privacy/epsilon"
 LEDGERS = "privacy_ledgers"
+RELEASES = ("tag", "withhold")
 
 
-class DifferentialPrivacy(Readings, DefendCallback):
+class DifferentialPrivacy(PrivacyReport, DefendCallback):
     r"""Train with DP-SGD (Abadi et al. 2016, arXiv 1607.00133).
 
     Each step, on a Poisson-sampled batch S (every record joins with probability q):
@@ -106,7 +104,6 @@ class DifferentialPrivacy(Readings, DefendCallback):
         target_epsilon: float | None = None,
         noise_multiplier: float | None = None,
         accountant: str = "prv",
-        chunk_size: int | str | None = "auto",
         clipping: Clipping = FlatClipping(),
         views: int = 1,
         noise_schedule: Schedule | None = None,
@@ -116,35 +113,21 @@ class DifferentialPrivacy(Readings, DefendCallback):
         secure_noise: bool = False,
         release: str = "tag",
         insecure_seed: int | None = None,
+        chunk_size: int | str | None = "auto",
     ) -> None:
         super().__init__()
         if release not in RELEASES:
             raise InputError(f"Expected `release` to be one of {RELEASES}, got {release!r}.")
         self.release = release
-        self._private = PrivateTraining(
-            PrivacySettings(
-                delta=delta,
-                max_grad_norm=max_grad_norm,
-                target_epsilon=target_epsilon,
-                noise_multiplier=noise_multiplier,
-                accountant=accountant,
-                chunk_size=chunk_size,
-                clipping=clipping,
-                views=views,
-                noise_schedule=noise_schedule,
-                clip_schedule=clip_schedule,
-                ledger=ledger,
-                selftest=selftest,
-                secure_noise=secure_noise,
-                insecure_seed=insecure_seed,
-            )
-        )
+        self._training = PrivateTraining(settings_from(Privacy, locals()))
         self._unnoised: set[str] = set()
         self._forget_last_fit()
 
     def _forget_last_fit(self) -> None:
         """State that lives for one fit only."""
         self._trainer: pl.Trainer | None = None
+        self._data: PrivateData | None = None
+        self._fit: PrivateFit | None = None
         self._resumed_at: int | None = None
         self._adopts_state = True
         self._begun = False  # whether a batch was begun that has not run
@@ -152,12 +135,12 @@ class DifferentialPrivacy(Readings, DefendCallback):
     # --- what a user reads --------------------------------------------------------------------
 
     def _up_to_date(self) -> PrivateTraining:
-        self.collect()
-        return self._private
+        self.fetch_state()
+        return self._training
 
     def settings(self) -> dict[str, Any]:
-        self.collect()
-        return self._private.facts()
+        self.fetch_state()
+        return self._training.facts()
 
     def results(self) -> dict[str, Any]:
         withheld = self.release == "withhold"
@@ -172,21 +155,18 @@ class DifferentialPrivacy(Readings, DefendCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._private.account.default_folder = Path(trainer.default_root_dir, LEDGERS)
+        self._training.account.default_folder = Path(trainer.default_root_dir, LEDGERS)
         if stage != "fit":
             return
         check(trainer_facts(trainer, pl_module))
-        self.collect(in_copy=True)
+        self.fetch_state(in_copy=True)
         self.clean_up(trainer, pl_module)  # after a failed fit there may be something
         self._forget_last_fit()
-        seams = Seams.of(trainer)
-        if seams.private not in (None, self):
+        patched = PatchedStrategy.of(trainer)
+        if patched.privacy not in (None, self):
             raise InputError("Expected one DifferentialPrivacy callback, got two.")
-        seams.private = self
+        patched.privacy = self
         self._trainer = trainer
-        self._private.start(
-            Processes(trainer.global_rank, trainer.world_size, trainer.strategy.broadcast)
-        )
         # First in line: no other callback's hook sees a gradient before it is clipped and noised.
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         others = [c for c in callbacks if c is not self]
@@ -194,7 +174,13 @@ class DifferentialPrivacy(Readings, DefendCallback):
 
     def replace_loader(self, loader: Any) -> Any:
         """The user's training loader, with Poisson-sampled batches."""
-        return self._private.replace_loader(loader)
+        trainer = self._trainer
+        assert trainer is not None
+        processes = Processes(trainer.global_rank, trainer.world_size, trainer.strategy.broadcast)
+        self._data = PrivateData(
+            loader, self._training.settings, processes, loaders=1 if self._data is None else 2
+        )
+        return self._data.loader
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -212,8 +198,7 @@ class DifferentialPrivacy(Readings, DefendCallback):
         self._resumed_at = int(checkpoint["global_step"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        private = self._private
-        if private.sampler is None:
+        if self._data is None:
             trainer.fit_loop.setup_data()  # unless the optimizer's scheduler asked for it already
         planned = trainer.estimated_stepping_batches
         check(
@@ -223,11 +208,26 @@ class DifferentialPrivacy(Readings, DefendCallback):
                 world_size=trainer.world_size,
             )
         )
-        if private.sampler is None:
+        if self._data is None:
             raise PrivacyError(
                 "Expected training data at the start of fit, got none. Give the Trainer a training "
                 "loader, and do not set limit_train_batches=0."
             )
+        self._refuse_unknown_steps(trainer)
+        patched = PatchedStrategy.of(trainer)
+        adversary = patched.adversary
+        self._fit = self._training.open(
+            trainer.optimizers[0],
+            self._data,
+            self._tried_out(patched, self._data, pl_module),
+            planned=planned,
+            done=trainer.global_step if self._resumed_at is None else self._resumed_at,
+            ddp=trainer.strategy.model,
+            keep_release=adversary is not None and adversary.steps.settings.moves_weights,
+        )
+        self._stop_if_spent(trainer)
+
+    def _refuse_unknown_steps(self, trainer: pl.Trainer) -> None:
         if trainer.ckpt_path is not None and self._resumed_at is None:
             raise PrivacyError(
                 "Expected a checkpoint with callback states, got one without: what its steps spent "
@@ -239,54 +239,41 @@ class DifferentialPrivacy(Readings, DefendCallback):
                 f"steps of which {self.steps} were. Start with a new Trainer, from weights that "
                 "may be public."
             )
-        adversary = Seams.of(trainer).adversary
-        private.try_out(pl_module, TrainerStep(trainer, pl_module, adversary).trial())
-        private.open(
-            pl_module,
-            trainer.optimizers[0],
-            planned=planned,
-            done=trainer.global_step if self._resumed_at is None else self._resumed_at,
-            ddp=trainer.strategy.model,
-            keep_release=adversary is not None and adversary.moves_weights,
+
+    def _tried_out(
+        self, patched: PatchedStrategy, data: PrivateData, module: pl.LightningModule
+    ) -> DryRun:
+        """The self-test, on copies of the module."""
+        step = patched.step()
+        runtime = step.runtime
+        assert isinstance(runtime, TrainerRuntime)
+        tried = step_under_test(
+            step,
+            lambda items: runtime.transfer(data.original.collate_fn(items)),
+            views=data.views,
+            half=runtime.half,
+            share=runtime.shared(),
+            on_look=runtime.note_look,
         )
-        self._stop_if_spent(trainer)
+        return self._training.try_out(module, data, tried)
+
+    # --- one step: `defend.training.step` asks for these --------------------------------------
 
     @property
-    def step_chunk_size(self) -> int | None:
-        """Most rows in one chunk."""
-        return self._private.chunk_size
+    def data(self) -> PrivateData:
+        """The data of the fit that is open."""
+        assert self._data is not None
+        return self._data
 
     @property
-    def views(self) -> int:
-        """Rows of a record."""
-        return self._private.settings.views
+    def fit(self) -> PrivateFit:
+        """The fit that is open."""
+        assert self._fit is not None
+        return self._fit
 
-    @property
-    def released(self) -> Mapping[str, torch.Tensor]:
-        """The last released gradient, for an adversary that moves the weights."""
-        return self._private.released
-
-    def attack_generator(self, device: torch.device, *, anew: int | None = None) -> torch.Generator:
-        """Secret numbers for the random starts of this rank's records in the current step."""
-        return self._private.attack_generator(device, anew=anew)
-
-    # --- one step -----------------------------------------------------------------------------
-
-    def run(self, batch: Any, step: Callable[[Any], Any], backward: Callable[..., Any]) -> Any:
-        """The user's training step and the backward of one logical batch, chunk by chunk."""
-        trainer = self._trainer
-        assert trainer is not None
-        output: Any = None
-
-        def compute(chunk: Any, rows: int) -> None:
-            nonlocal output
-            output = step(chunk)
-            backward(loss_of(output) * rows, trainer.optimizers[0])
-            output = without_graph(output)
-
+    def note_batch(self) -> None:
+        """A batch that was begun is trained on."""
         self._begun = False
-        self._private.run(batch, compute)
-        return output
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -307,7 +294,7 @@ class DifferentialPrivacy(Readings, DefendCallback):
             )
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._private.fold()  # before other callbacks look
+        self.fit.fold()  # before other callbacks look
 
     def on_before_optimizer_step(
         self,
@@ -315,8 +302,8 @@ class DifferentialPrivacy(Readings, DefendCallback):
         pl_module: pl.LightningModule,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        self._private.release()
-        self.post()
+        self.fit.release()
+        self.send_state()
 
     def keeps_metric(self, name: str) -> bool:
         """Whether a metric that is logged in training goes on to loggers and callbacks."""
@@ -336,12 +323,12 @@ class DifferentialPrivacy(Readings, DefendCallback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        epsilon = self._private.budget.epsilon_now()
+        epsilon = self.fit.account.budget.epsilon_now()
         pl_module.log(EPSILON, epsilon, on_step=True, prog_bar=True, batch_size=1)
         self._stop_if_spent(trainer)
 
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
-        if self._private.budget.exhausted:
+        if self.fit.account.budget.exhausted:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -352,32 +339,36 @@ class DifferentialPrivacy(Readings, DefendCallback):
     # --- afterwards ---------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        self.collect()
-        return self._private.state_dict()
+        self.fetch_state()
+        return self._training.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.collect()
+        self.fetch_state()
         if self._adopts_state:
-            self._private.load_state_dict(state_dict)
+            self._training.load_state_dict(state_dict)
         self._adopts_state = True
 
-    def carried(self) -> dict[str, Any]:
-        budget = self._private.budget
+    def state_to_send(self) -> dict[str, Any]:
+        budget = self._training.budget
         return {
-            **self._private.state_dict(),
+            **self._training.state_dict(),
             "noise_multiplier": budget.noise_multiplier,
             "sample_rate": budget.sample_rate,
-            "ledger_folder": str(self._private.account.default_folder),
+            "ledger_folder": str(self._training.account.default_folder),
             "unnoised": sorted(self._unnoised),
         }
 
-    def receive(self, carried: dict[str, Any]) -> None:
-        self._private.load_state_dict(carried)
-        self._private.budget.noise_multiplier = carried["noise_multiplier"]
-        self._private.budget.sample_rate = carried["sample_rate"]
-        self._private.account.default_folder = Path(carried["ledger_folder"])
-        self._unnoised |= set(carried["unnoised"])
+    def receive_state(self, state: dict[str, Any]) -> None:
+        training = self._training
+        training.load_state_dict(state)
+        training.budget.noise_multiplier = state["noise_multiplier"]
+        training.budget.sample_rate = state["sample_rate"]
+        training.account.default_folder = Path(state["ledger_folder"])
+        self._unnoised |= set(state["unnoised"])
 
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._private.close()
-        self._trainer = None
+        if self._fit is not None:
+            self._fit.close()
+        if self._data is not None:
+            self._data.forget()
+        self._trainer = self._data = self._fit = None

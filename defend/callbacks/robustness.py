@@ -1,5 +1,6 @@
 """Robust accuracy on the validation data, while training."""
 
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -11,20 +12,26 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from defend.attacks.pgd import PGD
+from defend.attacks.attack import as_attack
 from defend.batching.chunks import check_chunk_size
 from defend.batching.fields import get_field
 from defend.callbacks._base import BuildableAttack, DefendCallback, brief
 from defend.errors import InputError
-from defend.evaluation.robustness import (
-    RobustnessMeter,
-    RobustnessReport,
-    check_attacks,
-    curve_of_batches,
-)
+from defend.evaluation.answers import check_attacks
+from defend.evaluation.curve import curve_of_batches
+from defend.evaluation.robustness import RobustnessMeter, RobustnessReport
 
 # Radii of the robustness curve, in units of the attack's own eps.
 _CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+
+
+@dataclasses.dataclass
+class _Evaluation:
+    """The latest evaluation, with the step and a digest of the weights that it was at."""
+
+    report: RobustnessReport | None = None
+    step: int = -1
+    weights: str | None = None
 
 
 class RobustnessEvaluation(DefendCallback):
@@ -93,23 +100,21 @@ class RobustnessEvaluation(DefendCallback):
         self.input_key = input_key
         self.target_key = target_key
         self.chunk_size = chunk_size
-        self._report: RobustnessReport | None = None
+        self._latest = _Evaluation()
         self._curves: dict[str, dict[float, float]] = {}
-        self._measured_at = -1
-        self._measured: str | None = None  # digest of the weights
         self._meter: RobustnessMeter | None = None
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     @property
     def report(self) -> RobustnessReport | None:
         """The latest report, or None before the first evaluation."""
-        self.collect()
-        return self._report
+        self.fetch_state()
+        return self._latest.report
 
     @property
     def curves(self) -> dict[str, dict[float, float]]:
         """Accuracy by eps for each ball, after training."""
-        self.collect()
+        self.fetch_state()
         return self._curves
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -154,7 +159,7 @@ class RobustnessEvaluation(DefendCallback):
         if meter.batches == 0 and trainer.is_global_zero:
             # Here, not at the end of the epoch: callbacks that validate averaged weights may have
             # put the others back by then.
-            self._measured = _digest(pl_module)
+            self._latest.weights = _digest(pl_module)
         with trainer.precision_plugin.forward_context():
             meter.update(pl_module, x, y)
         missing = self.curve_records - sum(len(kept) for kept, _ in self._kept)
@@ -163,12 +168,14 @@ class RobustnessEvaluation(DefendCallback):
                 self._kept.append((x[:missing].clone(), y[:missing].clone()))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._meter is None:
+        meter = self._meter
+        if meter is None:
             return
-        counts = self._meter.counts.to(pl_module.device, torch.float32)
-        report = self._meter.report(trainer.strategy.reduce(counts, reduce_op="sum").cpu())
-        self._report, self._meter = report, None
-        self._measured_at = trainer.global_step
+        mine = meter.counts.to_tensor(pl_module.device)
+        total = trainer.strategy.reduce(mine, reduce_op="sum")
+        report = meter.report(meter.counts.from_tensor(total))
+        self._latest.report, self._latest.step = report, trainer.global_step
+        self._meter = None
         for name, value in report.metrics().items():
             # The figures are already those of all processes; sync_dist only confirms them.
             pl_module.log(name, value, prog_bar="worst_case" in name, sync_dist=True, batch_size=1)
@@ -177,10 +184,10 @@ class RobustnessEvaluation(DefendCallback):
         # Not on_train_end: there callbacks further down the list still put averaged weights in
         # place. And before the evidence is written, which has the curve.
         if trainer.is_global_zero:
-            if self._measured != _digest(pl_module):
+            if self._latest.weights != _digest(pl_module):
                 rank_zero_warn(
                     f"Training ended at step {trainer.global_step} without a robustness evaluation "
-                    f"of the final weights; the last one was at step {max(self._measured_at, 0)}, "
+                    f"of the final weights; the last one was at step {max(self._latest.step, 0)}, "
                     "and the weights have changed since. Run trainer.validate, or set "
                     "every_n_epochs=1."
                 )
@@ -196,17 +203,19 @@ class RobustnessEvaluation(DefendCallback):
         try:
             with trainer.precision_plugin.forward_context():
                 for ball, attack in self._curve_attacks().items():
-                    radii = [share * attack.ball.eps for share in _CURVE]
+                    radii = [share * attack.radius for share in _CURVE]
                     self._curves[ball] = curve_of_batches(
                         pl_module, batches, attack, radii, chunk_size=self.chunk_size
                     )
         finally:
             pl_module.to(home)
 
-    def _curve_attacks(self) -> dict[str, PGD]:
-        chosen: dict[str, PGD] = {}
-        for attack in self.attacks.values():
-            if isinstance(attack, PGD):
+    def _curve_attacks(self) -> dict[str, Any]:
+        """For each norm, the attack of the most steps."""
+        chosen: dict[str, Any] = {}
+        attacks: list[Any] = [as_attack(attack) for attack in self.attacks.values()]
+        for attack in attacks:
+            if attack.ball is not None and attack.radius is not None and attack.steps:
                 best = chosen.get(attack.ball.name)
                 if best is None or attack.steps > best.steps:
                     chosen[attack.ball.name] = attack
@@ -217,21 +226,19 @@ class RobustnessEvaluation(DefendCallback):
 
     def results(self) -> dict[str, Any]:
         facts: dict[str, Any] = {}
-        if self._report is not None:
-            facts = {**self._report.as_dict(), "measured_at_step": self._measured_at}
+        if self._latest.report is not None:
+            facts = {**self._latest.report.as_dict(), "measured_at_step": self._latest.step}
         return {**facts, "curves": self._curves} if self._curves else facts
 
-    def carried(self) -> dict[str, Any]:
+    def state_to_send(self) -> dict[str, Any]:
         curves = {ball: list(curve.items()) for ball, curve in self._curves.items()}
-        report = None if self._report is None else self._report.as_dict()
-        measured = {"measured_at": self._measured_at, "measured": self._measured}
-        return {"report": report, "curves": curves, **measured}
+        return {"latest": dataclasses.asdict(self._latest), "curves": curves}
 
-    def receive(self, carried: dict[str, Any]) -> None:
-        self._measured_at, self._measured = carried["measured_at"], carried["measured"]
-        if carried["report"] is not None:
-            self._report = RobustnessReport(**carried["report"])
-        self._curves = {ball: dict(map(tuple, c)) for ball, c in carried["curves"].items()}
+    def receive_state(self, state: dict[str, Any]) -> None:
+        latest = state["latest"]
+        report = latest["report"] and RobustnessReport(**latest["report"])
+        self._latest = _Evaluation(**{**latest, "report": report})
+        self._curves = {ball: dict(map(tuple, c)) for ball, c in state["curves"].items()}
 
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._meter = None

@@ -1,12 +1,8 @@
 """Measured robustness: what is still right under attack."""
 
+from defend.evaluation.curve import robustness_curve
 from defend.evaluation.overfitting import OverfittingAlarm
-from defend.evaluation.robustness import (
-    RobustnessMeter,
-    RobustnessReport,
-    evaluate,
-    robustness_curve,
-)
+from defend.evaluation.robustness import RobustnessMeter, RobustnessReport, evaluate
 
 __all__ = [
     "OverfittingAlarm",

@@ -1,46 +1,18 @@
 """Catastrophic overfitting: the model learns to fool the one-step attack that it is trained on."""
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from defend.attacks.ascent import Model
-from defend.attacks.attack import Attack
+from defend.attacks.attack import Attack, TrainingAttack, as_attack
 from defend.attacks.context import logits_of, no_trace
-from defend.attacks.pgd import PGD
 from defend.errors import InputError
+from defend.evaluation.trend import Reading, RobustnessTrend
 from defend.objectives.losses import cross_entropy, in_full_precision, labels_of
-
-# Looks are taken together until they hold so many records: the accuracy of fewer is mostly noise.
-_ENOUGH = 128
-# Standard deviations. The best of a thousand looks is three of them too good by luck alone.
-_Z = 3.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """One look at a few training records.
-
-    Attributes:
-        pgd_accuracy: share that is right under PGD.
-        single_step_accuracy: share that is right under the attack that is trained against.
-        single_step_loss: mean cross-entropy under that attack, in nats.
-        alarm: whether catastrophic overfitting is seen.
-        records: records looked at.
-        chance: share of the most frequent class among all records looked at so far: what a
-            constant answer gets right, whatever the attack.
-    """
-
-    pgd_accuracy: float
-    single_step_accuracy: float
-    single_step_loss: float
-    alarm: bool
-    records: int
-    chance: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +39,7 @@ class OverfittingAlarm:
         InputError: for settings out of range, or a targeted attack.
     """
 
-    attack: PGD | None = None
+    attack: Attack | None = None
     _: dataclasses.KW_ONLY
     records: int = 64
     every_n_steps: int = 50
@@ -75,9 +47,11 @@ class OverfittingAlarm:
     switch: bool = False
 
     def __post_init__(self) -> None:
-        if self.attack is not None and not isinstance(self.attack, PGD):
-            raise InputError(f"Expected `attack` to be a PGD or None, got {self.attack!r}.")
-        if self.attack is not None and self.attack.targeted:
+        attack = self.attack
+        can_probe = isinstance(attack, Attack) and attack.probe() is not None
+        if attack is not None and not can_probe:
+            raise InputError(f"Expected `attack` to be a PGD or None, got {attack!r}.")
+        if attack is not None and attack.targeted:
             raise InputError(
                 "Expected an untargeted `attack`, got targeted=True: accuracy is of the true "
                 "classes. Use targeted=False."
@@ -89,13 +63,13 @@ class OverfittingAlarm:
         if not 0 < self.drop < 1:
             raise InputError(f"Expected `drop` to be between 0 and 1, got {self.drop}.")
 
-    def watch(self, training_attack: Attack) -> "OverfittingWatch":
+    def watch(self, training_attack: TrainingAttack | Callable[..., Tensor]) -> "OverfittingWatch":
         """Watch a training against `training_attack`.
 
         Raises:
-            InputError: if it is no PGD, and the alarm has no attack of its own.
+            InputError: if no stronger attack is known for it, and the alarm has none of its own.
         """
-        return OverfittingWatch(self, training_attack)
+        return OverfittingWatch(self, as_attack(training_attack).watched())
 
 
 class OverfittingWatch:
@@ -103,25 +77,25 @@ class OverfittingWatch:
 
     Args:
         alarm: its settings.
-        training_attack: what is trained against.
+        watched: what is trained against, as an attack.
 
     Attributes:
         alarm: its settings.
         attack: the stronger attack, fit to go on training with.
     """
 
-    def __init__(self, alarm: OverfittingAlarm, training_attack: Attack) -> None:
+    def __init__(self, alarm: OverfittingAlarm, watched: Attack) -> None:
         self.alarm = alarm
-        self.attack = _stronger(training_attack) if alarm.attack is None else alarm.attack
+        self.attack = _stronger(watched) if alarm.attack is None else alarm.attack
         self._trend = RobustnessTrend(alarm.drop)
-        self._training_attack = training_attack
-        # A record once fooled needs no more steps, and after a collapse most of them are.
-        self._probe = dataclasses.replace(self.attack.for_evaluation(), stop_when_fooled=True)
+        self._watched = watched
+        # After a collapse most records are fooled by the first steps.
+        self._probe = self.attack.until_fooled()
         self._labels: dict[int, int] = {}
         self._last_step: int | None = None
 
     def is_due(self, step: int) -> bool:
-        """Whether to look at this step. True once a step, however many batches make one."""
+        """Whether to look at this step; True only once for each step of several batches."""
         if step % self.alarm.every_n_steps or step == self._last_step:
             return False
         self._last_step = step
@@ -147,7 +121,7 @@ class OverfittingWatch:
         if len(x) == 0:
             raise InputError("Expected at least one record to look at, got none.")
         x, y = x[: self.alarm.records], y[: self.alarm.records]
-        single = self._training_attack(model, x, y, generator=generator)
+        single = self._watched(model, x, y, generator=generator)
         strong = self._probe(model, x, y, generator=generator)
         single_right, single_loss = _judge(model, single, y)
         reading = Reading(
@@ -167,7 +141,7 @@ class OverfittingWatch:
         return max(self._labels.values()) / sum(self._labels.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """What it knows, as plain data: as much after many looks as after a few."""
+        """What it knows, as plain data; its size does not grow with the number of looks."""
         return {
             "trend": self._trend.state_dict(),
             "labels": [list(pair) for pair in self._labels.items()],
@@ -181,128 +155,15 @@ class OverfittingWatch:
         self._last_step = state_dict["last_step"]
 
 
-class RobustnessTrend:
-    r"""Whether catastrophic overfitting shows, reading by reading.
-
-    Looks are taken together until they hold 128 records; p is their PGD accuracy, L their mean
-    single-step loss, and [p⁻, p⁺] the Wilson interval of p at z = 3. With "best" the looks of
-    highest p⁻ so far, it does if
-
-        p⁺_now < drop · p⁻_best,    p⁻_best > chance    and    L_now < L_best
-
-    - The first, and not p_now < drop · p_best, because the best of many noisy readings is best by
-      luck. Were robustness constant, noise would set it off about once in 10⁷ looks at drop = 0.5,
-      and once in 10³ at 0.9. A fall to 0% is seen from a best of 23% on.
-    - The second, because at first a model answers one class to everything, which no attack
-      changes. It is right on that class's share of the records, and loses this "robustness" as it
-      learns.
-    - The third, because a training that diverges loses robustness too, but its loss rises. Where
-      robustness falls while the training's own loss falls, the model fools the attack.
-
-    Only the best and the last readings are kept, so that a look costs the same after a million.
-
-    Args:
-        drop: in (0, 1).
-    """
-
-    def __init__(self, drop: float) -> None:
-        self._drop = drop
-        self._recent: list[Reading] = []
-        self._best: _Looks | None = None
-
-    def add(self, reading: Reading) -> bool:
-        """Take up the next reading.
-
-        Returns:
-            Whether overfitting shows in it; False where there are too few records so far, or a
-            loss is not finite.
-        """
-        self._recent.append(reading)
-        while sum(r.records for r in self._recent[1:]) >= _ENOUGH:
-            del self._recent[0]
-        now = _together(self._recent)
-        if now is None:
-            return False
-        if self._best is None or now.lower > self._best.lower:
-            self._best = now
-        best = self._best
-        lost = now.upper < self._drop * best.lower
-        return lost and best.lower > reading.chance and now.loss < best.loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """What it keeps, as plain data."""
-        return {
-            "recent": [dataclasses.asdict(reading) for reading in self._recent],
-            "best": None if self._best is None else dataclasses.asdict(self._best),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state."""
-        best = state_dict["best"]
-        self._recent = [Reading(**reading) for reading in state_dict["recent"]]
-        self._best = None if best is None else _Looks(**best)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Looks:
-    """Some readings in a row, taken together."""
-
-    lower: float
-    upper: float
-    loss: float
-
-
-def _together(readings: Sequence[Reading]) -> _Looks | None:
-    """The readings as one; None if they hold too few records."""
-    records = sum(r.records for r in readings)
-    if records < _ENOUGH:
-        return None
-    right = sum(r.records * r.pgd_accuracy for r in readings)
-    loss = sum(r.records * r.single_step_loss for r in readings)
-    return _Looks(*wilson(right / records, records, _Z), loss / records)
-
-
-def wilson(share: float, n: int, z: float) -> tuple[float, float]:
-    """The probabilities p that a share seen in n trials is within z deviations of (Wilson 1927).
-
-    The two solutions of |share − p| = z · √(p(1 − p)/n). Unlike share ± z · √(share(1 − share)/n),
-    not a point where the share is 0 or 1.
-
-    Args:
-        share: in [0, 1].
-        n: trials, ≥ 1.
-        z: > 0.
-
-    Returns:
-        (lower, upper), both in [0, 1].
-    """
-    extra = z * z / n
-    centre = share + extra / 2
-    half = math.sqrt(extra * (share * (1 - share) + extra / 4))
-    return max(0.0, (centre - half) / (1 + extra)), min(1.0, (centre + half) / (1 + extra))
-
-
-def _stronger(training: Attack) -> PGD:
-    """PGD-10 where the training's attack is one of few steps."""
-    if not isinstance(training, PGD):
+def _stronger(watched: Attack) -> Attack:
+    """The attack's own probe, PGD-10 where it is a PGD of few steps."""
+    probe = watched.probe()
+    if probe is None:
         raise InputError(
             f"Expected OverfittingAlarm(attack=PGD(...)) with a training attack of type "
-            f"{type(training).__name__}, got attack=None: its ball is not known."
+            f"{type(watched.source).__name__}, got attack=None: its ball is not known."
         )
-    eps, start, step = training.ball.eps, training.start_radius, training.step_size
-    if training.steps == 1 and start and step and math.isclose(start + step, eps):
-        eps = step  # N-FGSM: noise outside ε, one step of ε, and a ball that holds both
-    return dataclasses.replace(
-        training,
-        ball=training.ball.with_eps(eps),
-        steps=10,
-        step_size=None,
-        random_start=True,
-        start_radius=None,
-        restarts=1,
-        iterate=None,
-        stop_when_fooled=False,
-    )
+    return probe
 
 
 def _judge(model: Model, x: Tensor, y: Tensor) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from defend.errors import PrivacyError
 from defend.objectives.base import Objective
 
 
-class Memoryless:
+class StatelessCheck:
     """Holds an objective to giving the same logits the same loss, whatever it saw in between.
 
     What an objective kept of one batch and used in another would carry records there without

@@ -45,7 +45,7 @@ respect to the training data set:
 
 **What it rests on**, and how it is held: the step treats each record alone and takes the plain mean
 (`selftest` tries it on a copy before step 0); every gradient that reaches the weights went through
-clip and noise (`step` refuses any other optimizer step); the set-up has none of the known breaks
+clip and noise (`guard` refuses any other optimizer step); the set-up has none of the known breaks
 (`preconditions`, one table).
 
 **Covered**: the weights after every step, and whatever is computed from them without the training
@@ -68,16 +68,19 @@ from defend.privacy.accounting.fingerprint import data_digest
 from defend.privacy.accounting.history import Segment, scheduled
 from defend.privacy.accounting.ledger import Ledger, read_ledger
 from defend.privacy.checks.selftest import SelfTest, selftest
+from defend.privacy.checks.step_under_test import StepUnderTest
 from defend.privacy.mechanism.clipping import AdaptiveClipping, FlatClipping, PerLayerClipping
 from defend.privacy.mechanism.gaussian import add_noise_, clip_and_sum
 from defend.privacy.mechanism.randomness import Randomness
-from defend.privacy.mechanism.sampling import PoissonBatchSampler
+from defend.privacy.mechanism.sampling import Chunking, PoissonBatchSampler
 from defend.privacy.mechanism.schedules import Decay
-from defend.privacy.mechanism.step import PrivateStep
+from defend.privacy.mechanism.shard import Shard
+from defend.privacy.mechanism.step import PrivateStep, StepSettings
 
 __all__ = [
     "AdaptiveClipping",
     "Budget",
+    "Chunking",
     "Decay",
     "EpsilonCurve",
     "FlatClipping",
@@ -88,6 +91,9 @@ __all__ = [
     "Randomness",
     "Segment",
     "SelfTest",
+    "Shard",
+    "StepSettings",
+    "StepUnderTest",
     "add_noise_",
     "affordable_steps",
     "clip_and_sum",

@@ -1,12 +1,13 @@
 """Adversarial training and DP-SGD in any loop: what Lightning's callbacks and plain loops share."""
 
 from defend.training.adversarial_loop import AdversarialLoop, make_adversarial
-from defend.training.adversarial_settings import AdversarialSettings
-from defend.training.loop import PrivateLoop, make_private
+from defend.training.config import Adversarial, Privacy
+from defend.training.private_loop import PrivateLoop, make_private
 
 __all__ = [
+    "Adversarial",
     "AdversarialLoop",
-    "AdversarialSettings",
+    "Privacy",
     "PrivateLoop",
     "make_adversarial",
     "make_private",

@@ -1,29 +1,22 @@
-"""Adversarial training, step by step: what every kind of loop shares."""
+"""Adversarial training: the attack, the weights that AWP moves, and the objective's own term."""
 
 import contextlib
 import dataclasses
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from defend.attacks.attack import Attack
+from defend.attacks.attack import TrainingAttack
 from defend.attacks.context import logits_of
-from defend.attacks.free import Free
-from defend.attacks.pgd import PGD
+from defend.attacks.result import GradientCounts
 from defend.batching.fields import get_field, with_field
 from defend.errors import InputError
 from defend.objectives import AWP
 from defend.objectives.awp import PerturbedWeights, perturbation_along, weight_perturbation
-from defend.objectives.stateless import Memoryless
-from defend.training.adversarial_settings import AdversarialSettings, radius_of
-from defend.training.foreign import run_foreign
-from defend.training.kept_logits import KeepLogits
-from defend.training.tally import Tally
-
-__all__ = ["AdversarialSettings", "AdversarialSteps", "AttackedBatch"]
+from defend.objectives.stateless import StatelessCheck
+from defend.training.config import Adversarial
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -50,36 +43,40 @@ class AdversarialSteps:
 
     For each batch, in this order, with the forwards that each takes:
 
-        made = steps.attacked(module, batch, ...)     # the attack's: eval mode, without a trace
-        with steps.step(module, made):                # AWP's, clean first; buffers are put back
-            loss = ...                                # the user's own, on made.batch
-        penalty = steps.penalty(module, made)         # TRADES, MART: the other batch
-        (loss + penalty).backward()                   # without the penalty where it is None
-        steps.after_backward()                        # weights back, before the optimizer's step
+        attacked = steps.attacked(module, batch, ...)   # the attack's: eval mode, without a trace
+        with steps.around_forward(module, attacked):    # AWP's, clean first; buffers are put back
+            loss = ...                                  # the user's own, on attacked.batch
+        penalty = steps.penalty(module, attacked)       # TRADES, MART: the other batch
+        (loss + penalty).backward()                     # without the penalty where it is None
+        steps.after_backward()                          # weights back, before the optimizer's step
 
-    `run` is all from `step` to `penalty`.
+    `defend.training.step` does so for every kind of loop.
 
     The last two kinds of forward run in the module's own mode: BatchNorm sees the batch of the
     user's forward first, then the other one, and each has a dropout mask of its own.
 
     Args:
         settings: what is asked for.
-        tried: whether they only try a private step out, on copies of the module. The objective is
+        dry_run: whether they only try a private step out, on copies of the module. The objective is
             then held to keeping nothing from batch to batch.
 
     Attributes:
         settings: what was asked for.
         attack: what is used now; the alarm may have switched it.
-        tally: input gradients computed, and those that were of no use.
+        counts: input gradients since they were taken last.
     """
 
-    def __init__(self, settings: AdversarialSettings, *, tried: bool = False) -> None:
+    def __init__(self, settings: Adversarial, *, dry_run: bool = False) -> None:
         self.settings = settings
-        self._memoryless = Memoryless() if tried else None
+        self._stateless = StatelessCheck() if dry_run else None
         self.switch(settings.training_attack())
         self._weights: PerturbedWeights | None = None
-        self._own: list[tuple[Tensor, int]] = []
-        self.tally = Tally()
+        self._recorded: list[tuple[Tensor, int]] = []
+        self.counts = GradientCounts()
+
+    def for_dry_run(self) -> "AdversarialSteps":
+        """The same steps, for trying them out on copies of the module; counted apart."""
+        return AdversarialSteps(self.settings, dry_run=True)
 
     # --- before the training step -----------------------------------------------------------------
 
@@ -116,7 +113,7 @@ class AdversarialSteps:
             module: gives logits; not wrapped.
             batch: in any container.
             generator: source of random starts, and of which records stay clean.
-            epochs: trained so far, this step included, in the unit of `warmup_epochs`.
+            epochs: trained so far, this step included.
             chunk_size: most rows attacked at once, where the settings leave it open.
             private: whether a record may stay clean or not whatever the others do, as DP-SGD
                 needs; otherwise the same number of records stays clean in every batch.
@@ -128,17 +125,15 @@ class AdversarialSteps:
         """
         settings = self.settings
         x, y = self.inputs_of(batch)
+        if settings.chunk_size != "auto":
+            chunk_size = settings.chunk_size
         share = self.eps_share(epochs)
-        if self._free is not None:
-            eps = None if share == 1 else self._free.free.ball.eps * share
-            x_adv = self._free.perturb(x, eps=eps)
+        rows = self._rows_to_attack(x, generator, private, views)
+        if isinstance(rows, slice):
+            x_adv = self._perturbed(module, x, y, share, generator, chunk_size)
         else:
-            if settings.chunk_size != "auto":
-                chunk_size = settings.chunk_size
-            rows = self._rows_to_attack(x, generator, private, views)
-            x_adv = self._run(module, x[rows], y[rows], share, generator, chunk_size)
-            if not isinstance(rows, slice):
-                x_adv = x.detach().clone().index_copy_(0, rows, x_adv)
+            some = self._perturbed(module, x[rows], y[rows], share, generator, chunk_size)
+            x_adv = x.detach().clone().index_copy_(0, rows, some)
         return AttackedBatch(self._seen(batch, x_adv), x, x_adv, y)
 
     def unattacked(self, batch: Any) -> AttackedBatch:
@@ -172,7 +167,7 @@ class AdversarialSteps:
             return (draws >= fraction * views - view).nonzero().squeeze(1)
         return draws.argsort()[round(fraction * len(x)) :]  # always as many: one shape on a GPU
 
-    def _run(
+    def _perturbed(
         self,
         module: nn.Module,
         x: Tensor,
@@ -182,25 +177,23 @@ class AdversarialSteps:
         chunk_size: int | str | None,
     ) -> Tensor:
         """x_adv of all rows, at a part of the attack's radius."""
-        attack: Any = self.attack
         if len(x) == 0:
             return x.detach().clone()
-        eps = None if share == 1 else radius_of(attack) * share  # type: ignore[operator]
-        if isinstance(attack, PGD):
-            result = attack.run(module, x, y, generator=generator, chunk_size=chunk_size, eps=eps)
-            self.tally.add(result.gradients, result.zero_gradients, result.nonfinite_gradients)
-            return result.x_adv
-        attack = attack if eps is None else attack.with_eps(eps)
-        size = chunk_size if isinstance(chunk_size, int) else None
-        return run_foreign(attack, module, x, y, generator=generator, chunk_size=size)
+        radius = self.attack.radius
+        eps = None if share == 1 or radius is None else radius * share
+        result = self._perturber.perturb(
+            module, x, y, generator=generator, chunk_size=chunk_size, eps=eps
+        )
+        self.counts += result.counts
+        return result.x_adv
 
     # --- around the training step -----------------------------------------------------------------
 
     @contextlib.contextmanager
-    def step(
+    def around_forward(
         self,
         module: nn.Module,
-        made: AttackedBatch,
+        attacked: AttackedBatch,
         *,
         precision: Context = contextlib.nullcontext,
         released: Mapping[str, Tensor] | None = None,
@@ -212,78 +205,58 @@ class AdversarialSteps:
 
         Args:
             module: not wrapped.
-            made: the attacked batch.
+            attacked: the attacked batch.
             precision: makes the context, of autocast for example, that AWP's own forward runs in.
             released: where the run is private, the last released gradient, which AWP then follows
                 in place of the batch's own.
         """
         self.restore_weights()
         objective = self.settings.objective
+        recorded = (
+            self._recorded_logits(module, attacked) if objective.pairs else contextlib.nullcontext()
+        )
         try:
             if isinstance(objective, AWP):
-                if released is not None:
-                    moved = perturbation_along(module, released, objective.gamma)
-                else:
-                    with precision():
-                        moved = weight_perturbation(
-                            module, objective, made.x, made.x_adv, made.y, objective.gamma,
-                            logits=logits_of,
-                        )  # fmt: skip
-                self._weights = PerturbedWeights(module, moved)
-                self._weights.apply()
-            with self._kept_logits(module, made) if objective.pairs else contextlib.nullcontext():
+                self._move_weights(module, objective, attacked, precision, released)
+            with recorded:
                 yield
         except BaseException:
             self.restore_weights()
             raise
 
-    def run(
+    def _move_weights(
         self,
         module: nn.Module,
-        made: AttackedBatch,
-        step: Callable[[Any], Any],
-        *,
-        add: Callable[[Any, Tensor], Any] = operator.add,
-        precision: Context = contextlib.nullcontext,
-        released: Mapping[str, Tensor] | None = None,
-    ) -> Any:
-        """The user's training step within `step`, and what it returned with `penalty` added.
-
-        Args:
-            module: not wrapped.
-            made: the attacked batch.
-            step: batch → the mean loss over its rows, or what holds it; None skips the batch.
-            add: (what `step` returned, penalty) → what is returned.
-            precision: as in `step`.
-            released: as in `step`.
-        """
-        try:
-            with self.step(module, made, precision=precision, released=released):
-                output = step(made.batch)
-            if output is None:
-                self.restore_weights()
-                return None
+        awp: AWP,
+        attacked: AttackedBatch,
+        precision: Context,
+        released: Mapping[str, Tensor] | None,
+    ) -> None:
+        if released is not None:
+            moved = perturbation_along(module, released, awp.gamma)
+        else:
             with precision():
-                penalty = self.penalty(module, made)
-            return output if penalty is None else add(output, penalty)
-        except BaseException:
-            self.restore_weights()
-            raise
+                moved = weight_perturbation(
+                    module, awp, attacked.x, attacked.x_adv, attacked.y, awp.gamma,
+                    logits=logits_of,
+                )  # fmt: skip
+        self._weights = PerturbedWeights(module, moved)
+        self._weights.apply()
 
     @contextlib.contextmanager
-    def _kept_logits(self, module: nn.Module, made: AttackedBatch) -> Iterator[None]:
+    def _recorded_logits(self, module: nn.Module, attacked: AttackedBatch) -> Iterator[None]:
         """Keep the logits of the first call of the module with the batch's inputs as they are."""
         # One of this step's: a compiled module may go on calling the hook of an earlier one.
-        keep = KeepLogits(get_field(made.batch, self.settings.input_key))
-        self._own = keep.own
-        hook = module.register_forward_hook(keep, with_kwargs=True)
+        recorder = LogitsRecorder(get_field(attacked.batch, self.settings.input_key))
+        self._recorded = recorder.logits
+        hook = module.register_forward_hook(recorder, with_kwargs=True)
         try:
             yield
         finally:
             hook.remove()
-            keep.seen = None
+            recorder.inputs = None
 
-    def penalty(self, module: nn.Module, made: AttackedBatch) -> Tensor | None:
+    def penalty(self, module: nn.Module, attacked: AttackedBatch) -> Tensor | None:
         """What the objective adds to the training step's mean loss; None where it adds nothing.
 
         The logits of the batch that the training step saw are those of its own forward where it
@@ -294,49 +267,79 @@ class AdversarialSteps:
             module: not wrapped: DistributedDataParallel's forward would exchange buffers once more,
                 in the middle of a step. Gradients synchronize where they reach the parameters,
                 whichever forward they come from.
-            made: the attacked batch.
+            attacked: the attacked batch.
         """
-        objective, own = self.settings.objective, self._own
-        self._own = []
+        objective, recorded = self.settings.objective, self._recorded
+        self._recorded = []
         if not objective.pairs:
             return None
         sees_clean = objective.trains_on == "clean"
-        if own and own[0][0]._version == own[0][1]:
-            first = own[0][0]
+        if recorded and recorded[0][0]._version == recorded[0][1]:
+            first = recorded[0][0]
         else:
-            first = logits_of(module(made.x if sees_clean else made.x_adv))
-        other = logits_of(module(made.x_adv if sees_clean else made.x))
+            first = logits_of(module(attacked.x if sees_clean else attacked.x_adv))
+        other = logits_of(module(attacked.x_adv if sees_clean else attacked.x))
         clean, adv = (first, other) if sees_clean else (other, first)
-        if self._memoryless is not None:
-            self._memoryless.check(objective, clean, adv, made.y)
-        return objective.penalty(clean, adv, made.y).mean()
+        if self._stateless is not None:
+            self._stateless.check(objective, clean, adv, attacked.y)
+        return objective.penalty(clean, adv, attacked.y).mean()
 
     def after_backward(self) -> None:
         """Once the step's gradients are there: put the weights back, move Free's perturbation."""
         self.restore_weights()
-        if self._free is not None and self._free.pending:
-            self._free.absorb()
-            self.tally.add(*self._free.take_counts())
+        self.counts += self._perturber.after_backward()
 
     def restore_weights(self) -> None:
         """Undo AWP's perturbation, if one is on; safe to call twice."""
-        self._own = []
+        self._recorded = []
         if self._weights is not None:
             self._weights.restore()
             self._weights = None
 
     # --- what came of it --------------------------------------------------------------------------
 
-    def switch(self, attack: Attack | Free) -> None:
+    def switch(self, attack: TrainingAttack) -> None:
         """Go on with another attack."""
         self.attack = attack
-        self._free = attack.begin() if isinstance(attack, Free) else None
+        self._perturber = attack.begin()
+
+    def take_counts(self) -> GradientCounts:
+        """The counts since the last call."""
+        counts, self.counts = self.counts, GradientCounts()
+        return counts
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know."""
-        return {} if self._free is None else {"free": self._free.state_dict()}
+        state = self._perturber.state_dict()
+        return {"perturbation": state} if state else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where a checkpoint was."""
-        if self._free is not None and "free" in state:
-            self._free.load_state_dict(state["free"])
+        if "perturbation" in state:
+            self._perturber.load_state_dict(state["perturbation"])
+
+
+class LogitsRecorder:
+    """Forward hook: the logits of the first call with `inputs` as they are, and their version.
+
+    A module that is copied or pickled in its training step takes the hook along, without what it
+    holds.
+    """
+
+    def __init__(self, inputs: Any) -> None:
+        self.inputs = inputs
+        self.logits: list[tuple[Tensor, int]] = []
+
+    def __call__(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        given = [*args, *kwargs.values()]
+        unknown = self.inputs is None or self.logits or len(given) != 1
+        if unknown or given[0] is not self.inputs:
+            return
+        logits = logits_of(output)
+        if logits.requires_grad:
+            self.logits.append((logits, logits._version))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LogitsRecorder, (None,)

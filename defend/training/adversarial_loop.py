@@ -1,22 +1,20 @@
 """Adversarial training in a loop of your own: plain PyTorch, torchrun or Fabric."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from defend.attacks.attack import Attack
-from defend.attacks.free import Free
-from defend.batching.fields import with_field
+from defend.attacks.result import rates
 from defend.errors import InputError
-from defend.objectives import Madry, Objective
 from defend.privacy.mechanism.randomness import Randomness
-from defend.training.adversarial import AdversarialSettings, AdversarialSteps, AttackedBatch
-from defend.training.host import Host, Loss
-from defend.training.tally import rates
+from defend.training.adversarial import AdversarialSteps
+from defend.training.config import Adversarial
+from defend.training.runtime import Loss, PlainRuntime, runtime_of
+from defend.training.step import TrainingStep
 
 _STATE = {"seed", "attacked", "steps"}
 
@@ -25,31 +23,15 @@ class AdversarialLoop:
     """An adversarial training in a loop of your own; made by `make_adversarial`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        loss: Loss,
-        settings: AdversarialSettings,
-        seed: int | None,
-        fabric: Any,
-        state: Mapping[str, Any] | None,
+        self, runtime: PlainRuntime, optimizer: Optimizer, steps: AdversarialSteps
     ) -> None:
-        self._host = Host(model, fabric)
-        self._optimizer, self._loss, self._settings = optimizer, loss, settings
-        self._steps = AdversarialSteps(settings)
-        self._attacked = 0  # batches so far
-        if state is not None:
-            seed, self._attacked = int(state["seed"]), int(state["attacked"])
-            self._steps.load_state_dict(state["steps"])
-        elif seed is None:
-            seed = self._host.processes.broadcast(secrets.randbits(62))
-        self._randomness = Randomness(seed)
+        self._runtime, self._optimizer, self._steps = runtime, optimizer, steps
+        self._step = TrainingStep(runtime, steps)
 
     @property
-    def attack(self) -> Attack | Free:
+    def attack(self) -> Any:
         """What is trained against: the attack, increasing what the objective says."""
-        return self._steps.attack
+        return self._steps.attack.source
 
     def step(self, batch: Any) -> Tensor:
         """One step of the optimizer on a batch: attack, forward, backward, update.
@@ -64,10 +46,9 @@ class AdversarialLoop:
             InputError: if the batch has no such fields, if its inputs lie outside the attack's
                 `InputSpace`, or if `loss` does not return one number.
         """
-        batch = self._host.to_device(batch)
-        attack = self._steps.attack
-        self._attacked += 1  # once, however often Free replays it
-        for _ in range(attack.replays if isinstance(attack, Free) else 1):
+        batch = self._runtime.to_device(batch)
+        self._runtime.batches += 1  # once, however often Free replays it
+        for _ in range(self._steps.attack.replays):
             self._optimizer.zero_grad()
             loss = self._backward(batch, 1.0)
             self._optimizer.step()
@@ -94,23 +75,17 @@ class AdversarialLoop:
         Returns:
             The whole loss, detached and not multiplied.
         """
-        batch = self._host.to_device(batch)
-        self._attacked += 1
+        batch = self._runtime.to_device(batch)
+        self._runtime.batches += 1
         return self._backward(batch, weight)
 
     def _backward(self, batch: Any, weight: float) -> Tensor:
-        host, steps = self._host, self._steps
-        made = self._made(batch, None)
         try:
-            loss = steps.run(host.bare, made, self._mean_loss, precision=host.autocast)
-            host.backward(loss if weight == 1 else loss * weight)
-            steps.after_backward()
+            loss = self._step.loss(batch)
+            self._step.backward(loss if weight == 1 else loss * weight)
         finally:
-            steps.restore_weights()
+            self._steps.restore_weights()
         return loss.detach()
-
-    def _mean_loss(self, batch: Any) -> Tensor:
-        return self._host.mean_loss(self._loss, self._host.model, batch)
 
     def attacked(self, batch: Any, generator: torch.Generator | None = None) -> Any:
         """The batch with adversarial inputs, for a loop that does all the rest itself.
@@ -132,31 +107,21 @@ class AdversarialLoop:
         Raises:
             InputError: where more is needed than other inputs: with TRADES, MART, AWP and Free.
         """
-        name = "Free" if isinstance(self.attack, Free) else self._settings.objective.name
-        if name == "Free" or self._settings.changes_loss:
+        settings, runtime, steps = self._steps.settings, self._runtime, self._steps
+        if settings.joins_the_step:
             raise InputError(
-                f"Expected objective=Madry() and an attack such as PGD for `attacked`, got {name}, "
-                "which takes part in the training step too. Call `step` or `backward`."
+                "Expected objective=Madry() and an attack such as PGD for `attacked`, got "
+                f"{settings.method}, which takes part in the training step too. Call `step` or "
+                "`backward`."
             )
-        batch = self._host.to_device(batch)
-        self._attacked += 1
-        return self._made(batch, generator, private=True).batch
-
-    def _made(
-        self, batch: Any, generator: torch.Generator | None, *, private: bool = False
-    ) -> AttackedBatch:
-        host = self._host
-        x, _ = self._steps.inputs_of(batch)
-        if (taken := host.as_model_takes(x)) is not x:
-            batch, x = with_field(batch, self._settings.input_key, taken), taken
+        runtime.batches += 1
+        batch, x = self._step.converted(runtime.to_device(batch), steps)
         if generator is None:
-            generator = self._randomness.generator(
-                "attack", self._attacked - 1, x.device, rank=host.processes.rank
-            )
-        with host.autocast():
-            return self._steps.attacked(
-                host.bare, batch, generator=generator, epochs=self._attacked, private=private
-            )
+            generator = runtime.generator(x.device)
+        with runtime.autocast():
+            return steps.attacked(
+                runtime.module, batch, generator=generator, epochs=runtime.epochs(), private=True
+            ).batch
 
     def rates(self) -> dict[str, float]:
         """Shares of input gradients that were zero, and not finite, since the last call.
@@ -164,7 +129,7 @@ class AdversarialLoop:
         Under the names `attack/zero_grad_rate` and `attack/nonfinite_grad_rate`; of this process.
         Empty where nothing was counted, as with attacks other than PGD and Free.
         """
-        return rates(self._steps.tally.take())
+        return rates(self._steps.take_counts())
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know; save it beside the weights and the optimizer's state.
@@ -172,8 +137,8 @@ class AdversarialLoop:
         It is the same on all processes, but with `Free`, whose perturbation is each one's own.
         """
         return {
-            "seed": self._randomness.root,
-            "attacked": self._attacked,
+            "seed": self._runtime.randomness.root,
+            "attacked": self._runtime.batches,
             "steps": self._steps.state_dict(),
         }
 
@@ -181,22 +146,17 @@ class AdversarialLoop:
 def make_adversarial(
     model: nn.Module,
     optimizer: Optimizer,
-    attack: Attack | Free,
+    loader: Sized | None,
     *,
     loss: Loss,
-    objective: Objective = Madry(),
-    clean_fraction: float = 0.0,
-    warmup_steps: int = 0,
-    input_key: int | str = 0,
-    target_key: int | str = 1,
-    chunk_size: int | str | None = "auto",
-    seed: int | None = None,
+    adversarial: Adversarial,
     fabric: Any = None,
     state: Mapping[str, Any] | None = None,
 ) -> AdversarialLoop:
     """Adversarial training in a loop of your own: min_θ E[max_δ loss(x + δ, y; θ)].
 
-        loop = make_adversarial(model, optimizer, PGD(Linf(8 / 255)), loss=loss)
+        adversarial = Adversarial(PGD(Linf(8 / 255)))
+        loop = make_adversarial(model, optimizer, loader, loss=loss, adversarial=adversarial)
         for epoch in range(20):
             for batch in loader:
                 loop.step(batch)
@@ -207,7 +167,7 @@ def make_adversarial(
     One-step attacks are prone to catastrophic overfitting, which the training loss does not show.
     An alarm sees it:
 
-        watch = OverfittingAlarm().watch(attack)
+        watch = OverfittingAlarm().watch(adversarial.attack)
         for step, (x, y) in enumerate(loader):
             if watch.is_due(step) and watch.look(model, x, y).alarm:
                 break  # or go on against watch.attack, with a loop made for it
@@ -230,20 +190,11 @@ def make_adversarial(
         model: gives logits (or an object with `logits`); in the modes it trains in, on its device;
             may be wrapped by Fabric or DDP.
         optimizer: of the model.
-        attack: what to train against: `PGD(Linf(8 / 255), steps=10)`, or a cheaper one; with
-            `Free` each `step` trains on its batch several times.
+        loader: your training loader; its length is the epoch that `warmup_epochs` counts by. None
+            where there is no warm-up.
         loss: (model, batch) → the mean loss over the rows of the batch.
-        objective: `Madry()`, `TRADES(beta)`, `MART(beta)`, or `AWP(...)` of these. It says what the
-            attack increases, unless the attack has another loss than "ce".
-        clean_fraction: part of the records of each batch that stay clean, in [0, 1).
-        warmup_steps: eps grows linearly up to its full size at the batch of this number; all
-            replays of `Free` are one batch.
-        input_key: where the inputs are in a batch: a position in a list or tuple, a name in a
-            dict, either in a namedtuple or dataclass.
-        target_key: likewise for the targets.
-        chunk_size: most rows attacked at once; "auto": what fits. Does not change the result.
-        seed: of random starts and of which records stay clean, ≥ 0; None draws one from the
-            operating system. The global RNG is neither read nor moved.
+        adversarial: what is asked; `AdversarialTraining` says what each setting means. With `Free`
+            each `step` trains on its batch several times.
         fabric: the Fabric that set model and optimizer up, or None.
         state: `state_dict()` of the run to go on from, its seed included, or None.
 
@@ -252,27 +203,41 @@ def make_adversarial(
     continues as it would have without the break.
 
     Raises:
-        InputError: for settings out of range or that do not go together, and several processes
-            without DistributedDataParallel.
+        InputError: for settings out of range or that do not go together, a warm-up by a loader
+            without a length, and several processes without DistributedDataParallel.
     """
-    if not isinstance(warmup_steps, int) or warmup_steps < 0:
-        raise InputError(f"Expected `warmup_steps` to be an integer ≥ 0, got {warmup_steps!r}.")
-    if seed is not None and (not isinstance(seed, int) or seed < 0):
-        raise InputError(f"Expected `seed` to be an integer ≥ 0 or None, got {seed!r}.")
+    if not isinstance(adversarial, Adversarial):
+        raise InputError(
+            "Expected `adversarial` to be Adversarial(PGD(...), objective=...), got "
+            f"{adversarial!r}. Wrap it."
+        )
     if state is not None and set(state) != _STATE:
         raise InputError(
             f"Expected a `state` that `state_dict` gave, got one of {sorted(state)}. Pass it as it "
             "was saved."
         )
-    settings = AdversarialSettings(
-        attack,
-        objective=objective,
-        clean_fraction=clean_fraction,
-        warmup_epochs=warmup_steps,
-        input_key=input_key,
-        target_key=target_key,
-        chunk_size=chunk_size,
-    )
-    return AdversarialLoop(
-        model, optimizer, loss=loss, settings=settings, seed=seed, fabric=fabric, state=state
-    )
+    runtime = runtime_of(model, loss, fabric)
+    if adversarial.warmup_epochs:
+        runtime.steps_per_epoch = _length(loader)
+    steps, seed = AdversarialSteps(adversarial), adversarial.seed
+    if state is not None:
+        seed, runtime.batches = int(state["seed"]), int(state["attacked"])
+        steps.load_state_dict(state["steps"])
+    elif seed is None:
+        seed = runtime.processes.broadcast(secrets.randbits(62))
+    runtime.randomness = Randomness(seed)
+    return AdversarialLoop(runtime, optimizer, steps)
+
+
+def _length(loader: Any) -> int:
+    try:
+        length = len(loader)
+    except (TypeError, NotImplementedError):
+        length = 0
+    if length < 1:
+        raise InputError(
+            "Expected a `loader` with a length ≥ 1 for a warm-up, got "
+            f"{type(loader).__name__}, which has none: nobody can tell when eps is at its full "
+            "size. Pass one, or leave out `warmup_epochs`."
+        )
+    return length

@@ -1,340 +1,179 @@
-"""One private fit, whatever drives the loop: what Lightning, Fabric and plain PyTorch share."""
+"""DP-SGD over the fits of one model: what outlives a fit, and one fit from its start to its end."""
 
-import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from defend.batching.memory import rows_that_fit
-from defend.errors import PrivacyError
 from defend.privacy.accounting.budget import Budget
-from defend.privacy.accounting.fingerprint import data_digest
-from defend.privacy.checks.preconditions import Setup, check
+from defend.privacy.checks.dry_run import DryRun, is_due
 from defend.privacy.checks.selftest import RECORDS, SelfTest
-from defend.privacy.mechanism.clipping import AdaptiveClipping
-from defend.privacy.mechanism.randomness import Randomness, make_global_rng_secret
-from defend.privacy.mechanism.sampling import PoissonBatchSampler, poisson_loader
+from defend.privacy.checks.step_under_test import StepUnderTest
+from defend.privacy.mechanism.clipping import checked_noise
+from defend.privacy.mechanism.randomness import make_global_rng_secret
 from defend.privacy.mechanism.schedules import factor
-from defend.privacy.mechanism.step import PrivateStep
-from defend.training.account import Account
-from defend.training.chunks import LogicalBatch
-from defend.training.lineage import claim
-from defend.training.processes import Processes
-from defend.training.settings import PrivacySettings
-from defend.training.tryout import Trial, TryOut, is_due
+from defend.privacy.mechanism.shard import Shard
+from defend.privacy.mechanism.step import PrivateStep, StepSettings
+from defend.training.account import Account, FitAccount, claim
+from defend.training.chunks import Chunk, chunks_of, drawn_as
+from defend.training.config import Privacy
+from defend.training.private_data import PrivateData
 
 ADJACENCY = "add or remove one record"
 SAMPLING = "Poisson"
 
-# Per-record gradients take rows × parameters of memory. This many rows fit small machines.
-_CHUNK_ON_CPU = 256
-_MOST_RECORDS = 64  # in the self-test's largest batch
+_MAX_RECORDS_IN_SELFTEST = 64  # in its largest batch
 
 
 class PrivateTraining:
-    """The account, the sampler, the ledger and the step of a model's private training.
+    """What a model's private training keeps from fit to fit.
 
-    In the order of a fit: `start`, `replace_loader`, `open`; for each batch `run` and `release`,
-    with the optimizer's step after it; `close`. What outlives a fit (the account, C where it is
-    learned, where the ledger stood) stays, so the next fit goes on from it.
+        data = PrivateData(loader, settings, processes)     # a fit: its secrets and its batches,
+        dry_run = training.try_out(module, data, step)      # the self-test before it,
+        fit = training.open(optimizer, data, dry_run, ...)
+        for batch in data.loader:                           # its steps (`defend.training.step`),
+            ...
+        fit.close()                                         # and its end, whatever happens
 
     Args:
         settings: what the user asked for.
         default_ledger: folder of the ledger where `settings.ledger` is None.
+
+    Attributes:
+        account: what may be spent, what was, and the ledger.
+        max_grad_norm: C; where it is learned or scheduled, that of the last step.
+        selftest: what the self-test of the last fit found.
+        records: size of the last fit's data set; None before the first.
     """
 
-    def __init__(self, settings: PrivacySettings, default_ledger: Path | None = None) -> None:
+    def __init__(self, settings: Privacy, default_ledger: Path | None = None) -> None:
         self.settings = settings
         self.account = Account(settings, default_ledger)
         self.max_grad_norm = settings.max_grad_norm
         self.selftest: SelfTest | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        """State that lives for one fit only."""
-        self.processes = Processes()
-        self.sampler: PoissonBatchSampler | None = None
-        self._loader: DataLoader | None = None
-        self._randomness: Randomness | None = None
-        self._step: PrivateStep | None = None
-        self._ddp: DistributedDataParallel | None = None
-        self._restore_global_rng: Callable[[], None] | None = None
-        self._tryout: TryOut | None = None
-        self._epochs = self._steps_run = 0
+        self.records: int | None = None
 
     @property
     def budget(self) -> Budget:
         """What may be spent and what was."""
         return self.account.budget
 
-    @property
-    def chunk_size(self) -> int | None:
-        """Most rows in one chunk; None where batches are not split."""
-        return None if self.sampler is None else self.sampler.chunk_size
-
-    # --- before the first step --------------------------------------------------------------------
-
-    def start(self, processes: Processes) -> None:
-        """Draw the secrets of a fit; rank 0's root is everybody's."""
-        self.close()
-        self._forget()
-        settings = self.settings
-        self.processes = processes
-        if settings.insecure_seed is not None:
-            self._randomness = Randomness(settings.insecure_seed)
-        else:
-            root = processes.broadcast(Randomness().root)
-            self._randomness = Randomness(root=root, secure=settings.secure_noise)
-
-    def replace_loader(self, loader: Any) -> DataLoader:
-        """The user's training loader, with Poisson-sampled batches."""
-        randomness, processes = self._known(self._randomness), self.processes
-        check(
-            Setup(
-                loader=loader,
-                loaders=1 if self.sampler is None else 2,
-                world_size=processes.world_size,
-            )
-        )
-        records = len(loader.dataset)
-        if self.settings.delta >= 1 / records and processes.rank == 0:
-            warnings.warn(
-                f"delta={self.settings.delta} is not below 1 / {records} records: a mechanism that "
-                "publishes one record in full would satisfy it. Choose a smaller delta.",
-                stacklevel=2,
-            )
-        self._loader = loader
-        asked = self.settings.chunk_size
-        self.sampler = PoissonBatchSampler(
-            records,
-            loader.batch_size * processes.world_size / records,
-            len(loader),
-            randomness,
-            first_step=self._next_step,
-            chunk_size=_CHUNK_ON_CPU if isinstance(asked, str) else asked,
-            views=self.settings.views,
-            fixed=torch.cuda.is_available() and torch.backends.cudnn.benchmark,
-            rank=processes.rank,
-            world_size=processes.world_size,
-        )
-        return poisson_loader(loader, self.sampler)
-
-    def open(
-        self,
-        module: nn.Module,
-        optimizer: Optimizer,
-        *,
-        planned: float,
-        done: int,
-        ddp: Any = None,
-        keep_release: bool = False,
-    ) -> None:
-        """Fix σ, open the ledger, and install the hooks.
-
-        Args:
-            module: the model itself, not wrapped.
-            optimizer: its optimizer.
-            planned: steps of the whole training, those done included; inf for no end.
-            done: steps of that plan taken before, by a run that is resumed.
-            ddp: the DistributedDataParallel around the model, if there is one.
-            keep_release: whether `released` is asked for.
-        """
-        sampler = self._known(self.sampler)
-        expected = sampler.sample_rate * sampler.size
-        try:
-            # Not earlier: a split of the data that is drawn from `seed_everything` has to be the
-            # same on all ranks, and the same again in the next run.
-            if self.settings.insecure_seed is None:
-                self._restore_global_rng = make_global_rng_secret()
-            digest = self._data_digest()
-            self.account.open(
-                self.processes, sample_rate=sampler.sample_rate, planned=planned, done=done
-            )
-            claim(module, digest, self.budget)
-            self._check_count_noise(expected)
-            self._step = PrivateStep(
-                module,
-                optimizer,
-                noise_multiplier=self.budget.next_noise,
-                max_grad_norm=self.max_grad_norm,
-                expected_batch_size=expected,
-                randomness=self._known(self._randomness),
-                charge=self.account.charge,
-                clipping=self.settings.clipping,
-                views=self.settings.views,
-                keep_release=keep_release,
-                loss_reduction="sum",
-                rank=self.processes.rank,
-                world_size=self.processes.world_size,
-            )
-            self.account.begin(
-                self.processes,
-                max_grad_norm=self.max_grad_norm,
-                records=sampler.size,
-                clipping=repr(self.settings.clipping),
-                data_digest=digest,
-                sampling=SAMPLING,
-                adjacency=ADJACENCY,
-            )
-        except BaseException:
-            self.close()
-            raise
-        if isinstance(ddp, DistributedDataParallel):
-            # Sums are added up after clipping, by `PrivateStep`; averaged gradients are no use, and
-            # ranks may run different numbers of chunks, so no forward may wait for another rank.
-            self._ddp = ddp
-            ddp.require_backward_grad_sync = False
-            ddp.require_forward_param_sync = False
-
-    def _data_digest(self) -> str:
-        """The digest of the data, which must be the same on all ranks."""
-        digest = data_digest(self._known(self._loader).dataset)
-        if not self.processes.agree(digest):
-            raise PrivacyError(
-                "Expected the same data set in the same order on every process, got different "
-                "ones: a record could join one batch twice. Split and shuffle with a fixed seed "
-                "(a generator of its own, or seed_everything)."
-            )
-        return digest
-
-    def _check_count_noise(self, expected: float) -> None:
-        """Now, not in the middle of a training, where a step is charged already."""
-        clipping = self.settings.clipping
-        if isinstance(clipping, AdaptiveClipping):
-            for sigma in self.budget.planned_noise:
-                clipping.gradient_multiplier(sigma, expected)
-
-    def _next_step(self) -> int:
-        return self.budget.next_step
-
-    def try_out(self, module: nn.Module, trial: Trial) -> None:
+    def try_out(self, module: nn.Module, data: PrivateData, step: StepUnderTest) -> DryRun:
         """Chunk size and self-test, on records of the data; before `open`.
+
+        Returns:
+            What tries the step out again, now and then, in the fit.
 
         Raises:
             PrivacyError: with everything that was found.
         """
-        tryout = TryOut(
-            module,
-            self._known(self._loader),
-            trial,
-            max_grad_norm=self.max_grad_norm,
-            views=self.settings.views,
-        )
-        sampler = self._known(self.sampler)
-        views = self.settings.views
-        ordinary = math.ceil(sampler.sample_rate * sampler.size / sampler.world_size) * views
-        if next(module.parameters()).device.type == "cuda" and self.settings.chunk_size == "auto":
-            rows = rows_that_fit(tryout.peak_bytes, tryout.free_bytes(), most=2 * ordinary)
-            sampler.chunk_size = self.processes.broadcast(rows)
-        if views > 1 and trial.attack is None and tryout.views_are_alike():
+        settings, views = self.settings, data.views
+        dry_run = DryRun(module, data.original.dataset, step, max_grad_norm=self.max_grad_norm)
+        on_gpu = next(module.parameters()).device.type == "cuda"
+        if on_gpu and settings.chunk_size == "auto":
+            most = 2 * data.ordinary_rows
+            rows = rows_that_fit(dry_run.peak_bytes, dry_run.free_bytes(), most=most)
+            data.sampler.chunk_size = data.processes.broadcast(rows)
+        if views > 1 and step.attack is None and dry_run.views_are_alike():
             warnings.warn(
                 f"views={views} asks the data set for each record {views} times, and it gave the "
                 "same each time. Augment in the data set or in a batch hook, or leave `views` out.",
                 stacklevel=2,
             )
-        if self.settings.selftest:
-            self._tryout = tryout
-            if views > 1 and self.chunk_size is not None:  # no more rows at once than in training
-                tryout.records = min(max(self.chunk_size // views + 1, 3), RECORDS)
-            most = min(ordinary, self.chunk_size or ordinary, _MOST_RECORDS * views)
-            self.selftest = tryout.selftest(most)
+        if settings.selftest:
+            chunk = data.chunk_size
+            if views > 1 and chunk is not None:  # no more rows at once than in training
+                dry_run.records = min(max(chunk // views + 1, 3), RECORDS)
+            ordinary = data.ordinary_rows
+            most = min(ordinary, chunk or ordinary, _MAX_RECORDS_IN_SELFTEST * views)
+            self.selftest = dry_run.selftest(most)
             if self.selftest is not None:
                 self.selftest.require()
+        return dry_run
 
-    def _look_again(self) -> None:
-        """The self-test in short, now and then: a step may change its ways."""
-        sampler, tryout = self._known(self.sampler), self._tryout
-        first = sampler.epochs > self._epochs
-        self._epochs = sampler.epochs
-        due = is_due(self._steps_run, sampler.epochs - 1, first_of_epoch=first)
-        self._steps_run += 1
-        if tryout is None or not due:
-            return
-        with self._known(self._step).paused():
-            found = tryout.selftest()
-        if found is not None and found.findings:
-            self.selftest = found
-            found.require()
-
-    # --- one step ---------------------------------------------------------------------------------
-
-    def run(self, batch: Any, compute: Callable[[Any, int], None]) -> None:
-        """Forward and backward on one logical batch, chunk by chunk, clipped and summed.
+    def open(
+        self,
+        optimizer: Optimizer,
+        data: PrivateData,
+        dry_run: DryRun,
+        *,
+        planned: float,
+        done: int,
+        ddp: Any = None,
+        keep_release: bool = False,
+    ) -> "PrivateFit":
+        """Fix σ, open the ledger, and install the hooks, until the fit is closed.
 
         Args:
-            batch: what the private loader gave.
-            compute: runs forward on a chunk of it, and backward from the *sum* of its rows'
-                losses: (chunk, rows) → None.
-
-        Raises:
-            PrivacyError: if the batch does not hold one row for each sampled record.
+            optimizer: of the model.
+            data: of this fit.
+            dry_run: what `try_out` gave for the model and these data.
+            planned: steps of the whole training, those done included; inf for no end.
+            done: steps of that plan taken before, by a run that is resumed.
+            ddp: the DistributedDataParallel around the model, if there is one.
+            keep_release: whether the last release is asked for.
         """
-        step, sampler = self._known(self._step), self._known(self.sampler)
-        logical = LogicalBatch(batch, step, sampler, self.processes)
-        self._look_again()
-        step.noise_multiplier = self.budget.next_noise
-        if self.settings.clip_schedule is not None:
-            at = factor(self.settings.clip_schedule, self.budget.next_step)
-            self.max_grad_norm = self.settings.max_grad_norm * at
-        step.max_grad_norm = self.max_grad_norm
-        step.begin()
-        logical.run(compute)
+        settings, processes, module = self.settings, data.processes, dry_run.module
+        with ExitStack() as stack:
+            stack.callback(data.forget)
+            # Not earlier: a split of the data that is drawn from `seed_everything` has to be the
+            # same on all ranks, and the same again in the next run.
+            if settings.insecure_seed is None:
+                stack.callback(make_global_rng_secret())
+            digest = data.digest()
+            account = stack.enter_context(
+                self.account.open(
+                    processes, sample_rate=data.sampler.sample_rate, planned=planned, done=done
+                )
+            )
+            claim(module, digest, account.budget)
+            # Now, not after steps that are charged.
+            budget, learns = account.budget, settings.clipping.learns
+            for sigma in budget.planned_noise if learns else {budget.next_noise}:
+                checked_noise(settings.clipping, sigma, data.expected_batch_size)
+            step = PrivateStep(
+                module,
+                optimizer,
+                StepSettings(
+                    noise_multiplier=account.budget.next_noise,
+                    max_grad_norm=self.max_grad_norm,
+                    expected_batch_size=data.expected_batch_size,
+                    clipping=settings.clipping,
+                    views=settings.views,
+                    loss_reduction="sum",
+                    keep_release=keep_release,
+                    shard=Shard(processes.rank, processes.world_size),
+                ),
+                randomness=data.randomness,
+                charge=account.charge,
+            )
+            stack.callback(step.close)
+            self._begin(account, data, digest)
+            if isinstance(ddp, DistributedDataParallel):
+                _let_ranks_run_alone(ddp, stack)
+            return PrivateFit(self, data, account, step, dry_run, stack.pop_all())
 
-    def fold(self) -> None:
-        """After a chunk's backward: clip, sum, and forget its raw gradients. Safe to call twice."""
-        if self._step is not None and self._step.pending:
-            self._step.fold()
-
-    def release(self) -> None:
-        """Charge the batch, add the noise, and leave the released gradient in every `p.grad`."""
-        step = self._known(self._step)
-        step.release()
-        self.max_grad_norm = step.max_grad_norm
-
-    @property
-    def released(self) -> Mapping[str, Tensor]:
-        """The last released gradient, by parameter name; empty before the first, or unasked."""
-        return self._known(self._step).released
-
-    def attack_generator(self, device: torch.device, *, anew: int | None = None) -> torch.Generator:
-        """Secret numbers for the random starts of this rank's records in the current step.
-
-        Args:
-            device: where they are drawn.
-            anew: others, of this number, for trying the attack out.
-        """
-        randomness, rank = self._known(self._randomness), self.processes.rank
-        if anew is not None:
-            return randomness.generator("probe", anew, device, rank=rank)
-        return randomness.generator("attack", self.budget.next_step, device, rank=rank)
-
-    # --- afterwards -------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Remove every hook and every private gradient; safe to call twice."""
-        if self._step is not None:
-            self._step.close()
-        if self._ddp is not None:
-            self._ddp.require_backward_grad_sync = True
-            self._ddp.require_forward_param_sync = True
-        if self._restore_global_rng is not None:
-            self._restore_global_rng()
-        self.account.close()
-        if self.sampler is not None:
-            self.sampler.forget()
-        self._step = self._ddp = self._restore_global_rng = None
-        self._randomness = self._loader = self._tryout = None
+    def _begin(self, account: FitAccount, data: PrivateData, digest: str) -> None:
+        self.records = data.sampler.size
+        account.begin(
+            data.processes,
+            max_grad_norm=self.max_grad_norm,
+            records=data.sampler.size,
+            clipping=repr(self.settings.clipping),
+            data_digest=digest,
+            sampling=SAMPLING,
+            adjacency=ADJACENCY,
+        )
 
     def facts(self) -> dict[str, Any]:
         """What is known of the run, for parameters and the card."""
-        settings, sampler, ledger = self.settings, self.sampler, self.account.path
+        settings, ledger = self.settings, self.account.path
         return {
             "private": self.budget.private,
             "target_epsilon": settings.target_epsilon,
@@ -344,7 +183,7 @@ class PrivateTraining:
             "clipping": repr(settings.clipping),
             "views": settings.views,
             "sample_rate": self.budget.sample_rate,
-            "records": sampler.size if sampler else None,
+            "records": self.records,
             "accountant": settings.accountant,
             "adjacency": ADJACENCY,
             "sampling": SAMPLING,
@@ -360,24 +199,82 @@ class PrivateTraining:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Unite with what a checkpoint spent; what is known here is not forgotten."""
         self.account.load_state_dict(state)
-        if isinstance(self.settings.clipping, AdaptiveClipping):  # else C is what was asked for
+        if self.settings.clipping.learns:  # else C is what was asked for
             self.max_grad_norm = state["max_grad_norm"]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy, and a pickle, hold the account and no secret of a fit under way."""
-        copy = object.__new__(type(self))
-        copy.__dict__.update(vars(self))
-        copy._forget()
-        return vars(copy)
 
-    @staticmethod
-    def _known(value: Any) -> Any:
-        if value is None:
-            raise PrivacyError(
-                "Expected a private fit that is under way, got one that was closed or never "
-                "opened. Use it between its start and its end."
-            )
-        return value
+class PrivateFit:
+    """One private fit, open until `close`; `PrivateTraining.open` makes it."""
+
+    def __init__(
+        self,
+        training: PrivateTraining,
+        data: PrivateData,
+        account: FitAccount,
+        step: PrivateStep,
+        dry_run: DryRun,
+        stack: ExitStack,
+    ) -> None:
+        self.data, self.account, self.step = data, account, step
+        self._training, self._dry_run, self._stack = training, dry_run, stack
+        self._epochs = self._steps = 0
+        data.sampler.next_step = account.budget.next_step
+
+    def chunks(self, batch: Any) -> Iterator[Chunk]:
+        """Begin a logical batch, and give its chunks; each is to be run within `with chunk:`.
+
+        Raises:
+            PrivacyError: if the batch does not hold its rows for each sampled record.
+        """
+        training, step, budget = self._training, self.step, self.account.budget
+        drawn = drawn_as(batch, self.data)
+        self._try_out_again()
+        step.noise_multiplier = budget.next_noise
+        schedule = training.settings.clip_schedule
+        if schedule is not None:
+            at = factor(schedule, budget.next_step)
+            training.max_grad_norm = training.settings.max_grad_norm * at
+        step.max_grad_norm = training.max_grad_norm
+        step.begin()
+        yield from chunks_of(batch, drawn, step, self.data)
+
+    def _try_out_again(self) -> None:
+        """The self-test in short, now and then: a step may change its ways."""
+        epochs = self.data.sampler.epochs
+        first = epochs > self._epochs
+        due = is_due(self._steps, epochs - 1, first_of_epoch=first)
+        self._epochs, self._steps = epochs, self._steps + 1
+        if not (due and self._training.settings.selftest):
+            return
+        with self.step.paused():
+            found = self._dry_run.selftest()
+        if found is not None and found.findings:
+            self._training.selftest = found
+            found.require()
+
+    def fold(self) -> None:
+        """After a chunk's backward: clip, sum, and forget its raw gradients. Safe to call twice."""
+        if self.step.pending:
+            self.step.fold()
+
+    def release(self) -> None:
+        """Charge the batch, add the noise, and leave the released gradient in every `p.grad`."""
+        self.step.release()
+        self.data.sampler.next_step = self.account.budget.next_step
+        self.data.released = self.step.released
+        self._training.max_grad_norm = self.step.max_grad_norm
+
+    def close(self) -> None:
+        """Remove every hook, every secret and every private gradient; safe to call twice."""
+        self._stack.close()
+
+
+def _let_ranks_run_alone(ddp: DistributedDataParallel, stack: ExitStack) -> None:
+    """Sums are added up after clipping, by `PrivateStep`; averaged gradients are no use, and ranks
+    may run different numbers of chunks, so no forward may wait for another rank."""
+    for name in ("require_backward_grad_sync", "require_forward_param_sync"):
+        setattr(ddp, name, False)
+        stack.callback(setattr, ddp, name, True)
 
 
 def _verdict(asked: bool, found: SelfTest | None) -> str:

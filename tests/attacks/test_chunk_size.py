@@ -144,8 +144,8 @@ def test_a_model_with_sparse_weights_is_measured_too(layout):
     x, y = torch.rand(64, 12, generator=seeded(1)), torch.zeros(64).long()
     attack, model = PGD(Linf(0.1), steps=3), Sparse()
     adv = attack(model, x, y, generator=seeded())
-    assert model in sizing._KNOWN
-    assert sizing._KNOWN[model]
+    assert model in sizing._KNOWN_ROWS
+    assert sizing._KNOWN_ROWS[model]
     dense = attack(lambda v: model.net(v.flip(1)), x, y, generator=seeded())
     torch.testing.assert_close(adv, dense)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from defend import L2, PGD, InputError, InputSpace, Linf
 from defend.attacks.free import Free
+from defend.attacks.result import GradientCounts
 from defend.threat.l1 import L1
 
 BOXLESS = InputSpace(low=-math.inf, high=math.inf)
@@ -21,6 +22,10 @@ def seeded(seed=0):
 def net(width=32):
     torch.manual_seed(1)
     return nn.Sequential(nn.Flatten(), nn.Linear(width, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+
+
+def perturbed(perturbation, x, eps=None):
+    return perturbation.perturb(None, x, None, eps=eps).x_adv
 
 
 def batches(space=BOXLESS, sizes=(6, 6, 4, 6)):
@@ -68,7 +73,7 @@ def trained(model, data, free, *, scale=1.0, lr=0.1):
     perturbation, seen = free.begin(), []
     for x, y in data:
         for _ in range(free.replays):
-            adv = perturbation.perturb(x)
+            adv = perturbed(perturbation, x)
             seen.append(adv.detach().clone())
             optimizer.zero_grad()
             (F.cross_entropy(model(adv), y) * scale).backward()
@@ -115,7 +120,7 @@ def test_contract(ball, space, dtype, layout):
         x = x.to(dtype).contiguous(memory_format=layout if i else torch.contiguous_format)
         before = x.clone()
         for _ in range(4):
-            adv = perturbation.perturb(x)
+            adv = perturbed(perturbation, x)
             assert perturbation.pending
             assert adv.is_leaf
             assert adv.requires_grad
@@ -137,7 +142,7 @@ def test_contract(ball, space, dtype, layout):
 
 def absorbed(perturbation, x, weights):
     """One round with the loss Σ w·x."""
-    adv = perturbation.perturb(x)
+    adv = perturbed(perturbation, x)
     (adv * weights).sum().backward()
     perturbation.absorb()
     return adv.detach()
@@ -149,7 +154,7 @@ def test_positions_are_kept_when_batches_shrink_and_grow():
     absorbed(perturbation, x, w)
     absorbed(perturbation, x[:1], -w)
     assert perturbation.delta.shape == (3, 2)
-    adv = perturbation.perturb(torch.zeros(5, 2))
+    adv = perturbed(perturbation, torch.zeros(5, 2))
     expected = torch.tensor([[0.0, 0.0], [0.1, -0.1], [0.1, -0.1], [0.0, 0.0], [0.0, 0.0]])
     torch.testing.assert_close(adv.detach(), expected)
 
@@ -157,17 +162,17 @@ def test_positions_are_kept_when_batches_shrink_and_grow():
 def test_another_shape_starts_anew_and_another_dtype_goes_on():
     perturbation = Free(Linf(0.1), inputs=BOXLESS).begin()
     absorbed(perturbation, torch.zeros(3, 2), 1.0)
-    assert (perturbation.perturb(torch.zeros(3, 2, dtype=torch.float64)) > 0.09).all()
+    assert (perturbed(perturbation, torch.zeros(3, 2, dtype=torch.float64)) > 0.09).all()
     assert perturbation.delta.dtype == torch.float64
-    assert (perturbation.perturb(torch.zeros(3, 2, dtype=torch.bfloat16)) > 0.09).all()
+    assert (perturbed(perturbation, torch.zeros(3, 2, dtype=torch.bfloat16)) > 0.09).all()
     assert perturbation.delta.dtype == torch.float32
-    assert (perturbation.perturb(torch.zeros(3, 4)) == 0).all()
+    assert (perturbed(perturbation, torch.zeros(3, 4)) == 0).all()
 
 
 def test_the_box_is_that_of_the_batch_at_hand():
     perturbation = Free(Linf(0.1)).begin()
     absorbed(perturbation, torch.full((1, 2), 0.5), torch.tensor([[1.0, -1.0]]))
-    adv = perturbation.perturb(torch.tensor([[0.95, 0.05]]))
+    adv = perturbed(perturbation, torch.tensor([[0.95, 0.05]]))
     torch.testing.assert_close(adv.detach(), torch.tensor([[1.0, 0.0]]))
 
 
@@ -175,11 +180,11 @@ def test_eps_may_grow_and_shrink_and_the_step_with_it():
     perturbation = Free(Linf(0.1), step_size=0.04, inputs=BOXLESS).begin()
     x = torch.zeros(1, 2)
     for eps, largest in [(0.05, 0.02), (0.05, 0.04), (0.1, 0.08), (0.05, 0.05)]:
-        adv = perturbation.perturb(x, eps=eps)
+        adv = perturbed(perturbation, x, eps=eps)
         adv.sum().backward()
         perturbation.absorb()
         assert perturbation.delta.max().item() == pytest.approx(largest)
-    assert perturbation.perturb(x, eps=0.01).max().item() == pytest.approx(0.01)
+    assert perturbed(perturbation, x, eps=0.01).max().item() == pytest.approx(0.01)
 
 
 def test_immutable_columns_stay_and_take_no_part_of_the_step():
@@ -187,23 +192,25 @@ def test_immutable_columns_stay_and_take_no_part_of_the_step():
     perturbation = Free(L2(0.3), step_size=0.1, inputs=space).begin()
     x = torch.tensor([[0.5, 7.0, 0.5]])
     absorbed(perturbation, x, torch.tensor([[0.0, 100.0, 1.0]]))
-    adv = perturbation.perturb(x).detach()
+    adv = perturbed(perturbation, x).detach()
     torch.testing.assert_close(adv, torch.tensor([[0.5, 7.0, 0.6]]))
     x[0, 1] = float("nan")
-    adv = perturbation.perturb(x).detach()
+    adv = perturbed(perturbation, x).detach()
     torch.testing.assert_close(adv, torch.tensor([[0.5, float("nan"), 0.6]]), equal_nan=True)
 
 
 def test_zero_and_nonfinite_gradients_move_nothing_and_are_counted():
     perturbation = Free(Linf(0.1), inputs=BOXLESS).begin()
-    assert perturbation.take_counts() == (0, 0, 0)
+    assert perturbation.after_backward().to_ints() == (0, 0, 0)
     weights = torch.tensor([[1.0, 1.0], [0.0, 0.0], [float("nan"), 1.0], [float("inf"), 0.0]])
-    absorbed(perturbation, torch.zeros(4, 2), weights)
-    absorbed(perturbation, torch.zeros(4, 2), weights)
+    counts = GradientCounts()
+    for _ in range(2):
+        (perturbed(perturbation, torch.zeros(4, 2)) * weights).sum().backward()
+        counts += perturbation.after_backward()
     assert torch.equal(perturbation.delta[1], torch.zeros(2))
     assert perturbation.delta.isfinite().all()
-    assert tuple(map(int, perturbation.take_counts())) == (8, 2, 4)
-    assert perturbation.take_counts() == (0, 0, 0)
+    assert counts.to_ints() == (8, 2, 4)
+    assert perturbation.after_backward().to_ints() == (0, 0, 0)
 
 
 def test_a_training_that_is_resumed_goes_on_alike():
@@ -257,7 +264,7 @@ def test_training_becomes_more_robust_than_plain_training():
 def test_a_step_that_does_not_use_its_inputs_is_refused():
     perturbation = Free(Linf(0.1)).begin()
     x = torch.rand(2, 3)
-    perturbation.perturb(x)
+    perturbed(perturbation, x)
     (x.sum() * torch.ones((), requires_grad=True)).backward()
     with pytest.raises(InputError, match="Expected the training step's backward to reach its inp"):
         perturbation.absorb()
@@ -275,10 +282,10 @@ def test_absorb_needs_perturb():
 def test_inputs_outside_the_box_or_not_floating_point_are_refused():
     perturbation = Free(Linf(0.1)).begin()
     with pytest.raises(InputError, match="Expected inputs inside the box"):
-        perturbation.perturb(torch.full((2, 3), 2.0))
+        perturbed(perturbation, torch.full((2, 3), 2.0))
     for x in (torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(3)):
         with pytest.raises(InputError, match="Expected floating point inputs of shape"):
-            perturbation.perturb(x)
+            perturbed(perturbation, x)
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,9 @@ def test_a_loss_that_is_not_finite_is_not_the_best(value, targeted):
 @pytest.mark.parametrize("value", BAD)
 def test_a_loss_that_is_not_finite_stops_nobody(value):
     model, x, y, attack = standing(stop_when_fooled=True)
-    expected = attack.run(model, x, y, generator=seeded())
+    expected = attack.perturb(model, x, y, generator=seeded())
     broken = dataclasses.replace(attack, loss=BreaksAt(value, 1, 2))
-    found = broken.run(model, x, y, generator=seeded())
+    found = broken.perturb(model, x, y, generator=seeded())
     assert found.gradients == expected.gradients == 3 * len(x)
     assert torch.equal(found.x_adv, expected.x_adv)
 
@@ -93,7 +93,7 @@ def test_logits_of_nan_fool_unless_only_the_attack_makes_them_so(precision):
     y = torch.zeros(3).long()
     attack = PGD(Linf(0.3), steps=10, random_start=False, precision=precision)
     stops = dataclasses.replace(attack, stop_when_fooled=True)
-    run = stops.run(Undefined(), torch.full((3, 2), 0.3), y)
+    run = stops.perturb(Undefined(), torch.full((3, 2), 0.3), y)
     assert run.gradients == (0 if counts else 30)
     best = dataclasses.replace(attack, iterate="best")
     x_adv = best(Undefined(), torch.full((3, 2), 0.5), y)
@@ -115,8 +115,8 @@ def test_classes_that_a_model_rules_out_are_as_if_they_were_not(loss, settings):
     out = torch.tensor([False, False, False, False, True, True])
     y = net(x)[:, :4].argmax(1)
     attack = PGD(Linf(0.1), steps=5, loss=loss, **settings)
-    expected = attack.run(lambda v: net(v)[:, :4], x, y, generator=seeded())
-    ruled = attack.run(lambda v: net(v).masked_fill(out, -torch.inf), x, y, generator=seeded())
+    expected = attack.perturb(lambda v: net(v)[:, :4], x, y, generator=seeded())
+    ruled = attack.perturb(lambda v: net(v).masked_fill(out, -torch.inf), x, y, generator=seeded())
     torch.testing.assert_close(ruled.x_adv, expected.x_adv, rtol=0, atol=1e-6)
     assert ruled.gradients == expected.gradients
     assert int(ruled.nonfinite_gradients) == int(ruled.zero_gradients) == 0
@@ -143,7 +143,7 @@ def test_an_overflow_of_the_attacks_own_does_not_pass_for_success(settings):
 
     def fooled(**more):
         attack = PGD(Linf(0.2), precision="fp16", **settings, **more)
-        run = attack.run(model, x, y, generator=seeded())
+        run = attack.perturb(model, x, y, generator=seeded())
         assert run.nonfinite_gradients > 0
         return int((model(run.x_adv).argmax(1) != y).sum())
 
@@ -171,14 +171,14 @@ STOPS = PGD(Linf(0.3), steps=8, step_size=0.07, random_start=False, stop_when_fo
 def test_who_stops_is_fooled_in_the_precision_around_the_attack(iterate):
     """A lead of 0.3 after two steps is a tie in the attack's precision, and none outside."""
     attack = dataclasses.replace(STOPS, precision="bf16", iterate=iterate)
-    run = attack.run(Coarse(), X, Y)
+    run = attack.perturb(Coarse(), X, Y)
     assert (Coarse()(run.x_adv).argmax(1) == 0).all()
     assert run.gradients == 3 * len(X)
-    exact = dataclasses.replace(attack, precision=None).run(Coarse(), X, Y)
+    exact = dataclasses.replace(attack, precision=None).perturb(Coarse(), X, Y)
     torch.testing.assert_close(run.x_adv, exact.x_adv)
     # Outside rounds as well: then the tie is a verdict, and two steps are enough.
     with torch.autocast("cpu", torch.bfloat16):
-        run = attack.run(Coarse(), X, Y)
+        run = attack.perturb(Coarse(), X, Y)
         assert (Coarse()(run.x_adv).argmax(1) == 0).all()
     assert run.gradients == 2 * len(X)
 
@@ -187,7 +187,7 @@ def test_who_only_seems_fooled_at_the_end_starts_again():
     """The last iterate is asked in the outer precision too, before a restart passes it over."""
     attack = PGD(Linf(0.05), steps=2, restarts=3, stop_when_fooled=True, precision="bf16")
     x = torch.full((5, 4), 0.37)  # a lead of 0.1 to 0.6: tied where rounded, never lost
-    run = attack.run(Coarse(), x, Y, generator=seeded())
+    run = attack.perturb(Coarse(), x, Y, generator=seeded())
     assert (Coarse()(run.x_adv).argmax(1) == 1).all()
     assert run.gradients == 3 * 2 * len(x)
 
@@ -199,6 +199,8 @@ def test_the_confirming_forward_keeps_no_casts(outer):
     y = (y + 1) % 3
     with torch.autocast("cpu", outer) if outer else contextlib.nullcontext():
         attack = PGD(Linf(0.005), stop_when_fooled=True, precision="bf16")
-        assert attack.run(model, x, y, generator=seeded()).gradients == 0  # all were asked again
+        assert (
+            attack.perturb(model, x, y, generator=seeded()).gradients == 0
+        )  # all were asked again
         F.cross_entropy(model(x), y).backward()
     assert all(p.grad is not None for p in model.parameters())

@@ -209,7 +209,7 @@ def test_stopping_takes_fewer_rows_through_the_model():
     rows, gradients = {}, {}
     for stop in (False, True):
         model = Watched(net)
-        run = dataclasses.replace(attack, stop_when_fooled=stop).run(model, x, y)
+        run = dataclasses.replace(attack, stop_when_fooled=stop).perturb(model, x, y)
         rows[stop], gradients[stop] = sum(model.rows), run.gradients
     assert rows[True] < 0.6 * rows[False]
     assert gradients[True] < 0.6 * gradients[False] == 0.6 * 20 * len(x)
@@ -225,7 +225,7 @@ def test_a_few_who_still_stand_are_asked_again_without_the_others():
         y[:fooled] = (y[:fooled] + 1) % 3
         model = Watched(net)
         attack = PGD(Linf(1e-4), steps=2, stop_when_fooled=True, random_start=False)
-        run = attack.run(model, x, y)
+        run = attack.perturb(model, x, y)
         assert model.rows == rows
         assert run.gradients == gradients
         assert torch.equal(run.x_adv[:fooled], x[:fooled])
@@ -238,7 +238,7 @@ def test_nobody_left_standing_ends_the_run():
     wrong = (net(x).argmax(1) + 1) % 3
     model = Watched(net)
     attack = PGD(Linf(1e-3), stop_when_fooled=True, restarts=3, random_start=True)
-    run = attack.run(model, x, wrong, generator=seeded())
+    run = attack.perturb(model, x, wrong, generator=seeded())
     assert model.rows == [6]
     assert (run.gradients, int(run.zero_gradients)) == (0, 0)
     start = Linf(1e-3).random_start(x, seeded())

@@ -126,8 +126,8 @@ def test_the_margin_still_climbs_where_cross_entropy_is_saturated():
     plain = model_for(x.shape)
     y = plain(x).argmax(1)
     sure = nn.Sequential(plain, Scale(1e6))
-    ce = PGD(Linf(0.2), random_start=False).run(sure, x, y)
-    dlr = PGD(Linf(0.2), random_start=False, loss="margin").run(sure, x, y)
+    ce = PGD(Linf(0.2), random_start=False).perturb(sure, x, y)
+    dlr = PGD(Linf(0.2), random_start=False, loss="margin").perturb(sure, x, y)
     assert int(ce.zero_gradients) > 0.5 * ce.gradients
     assert int(dlr.zero_gradients) == 0
     right_ce, right_dlr = ((sure(r.x_adv).argmax(1) == y).sum() for r in (ce, dlr))
@@ -170,7 +170,7 @@ def test_segmentation():
         return F.cross_entropy(logits, y, reduction="none").mean((1, 2))
 
     for settings in WAYS:
-        adv = PGD(Linf(0.05), loss=loss, **settings)(model, x, y)
+        adv = PGD(Linf(0.2), loss=loss, **settings)(model, x, y)
         assert (loss(model(adv), y) > loss(model(x), y)).all()
         assert (model(adv).argmax(1) != y).float().mean() > 0.05
 
@@ -193,7 +193,7 @@ def test_regression(shape, settings):
     def loss(out, y):
         return (out - y).square().flatten(1).mean(1) if out.ndim > 1 else (out - y).square()
 
-    result = PGD(Linf(0.1), loss=loss, **settings).run(model, x, y, generator=seeded())
+    result = PGD(Linf(0.1), loss=loss, **settings).perturb(model, x, y, generator=seeded())
     assert result.gradients == 6 * 10 * settings.get("restarts", 1)
     assert (loss(model(result.x_adv), y) > loss(model(x), y)).all()
 
@@ -299,6 +299,6 @@ def test_a_targeted_margin_is_not_stuck_where_the_target_is_third():
     model = model_for(x.shape, classes=5)
     third = model(x).topk(3, dim=1).indices[:, 2]
     attack = PGD(L2(0.5), steps=5, loss="margin", targeted=True, random_start=False)
-    result = attack.run(model, x, third)
+    result = attack.perturb(model, x, third)
     assert int(result.zero_gradients) == 0
     assert (cross_entropy(model(result.x_adv), third) < cross_entropy(model(x), third)).all()

@@ -273,6 +273,6 @@ def test_an_empty_batch_stays_empty(shape, settings):
     def never(x):
         raise AssertionError("asked")
 
-    run = PGD(L2(0.1), **settings).run(never, torch.rand(shape), torch.zeros(0).long())
+    run = PGD(L2(0.1), **settings).perturb(never, torch.rand(shape), torch.zeros(0).long())
     assert run.x_adv.shape == shape
     assert (run.gradients, int(run.zero_gradients), int(run.nonfinite_gradients)) == (0, 0, 0)

@@ -204,7 +204,7 @@ def test_useless_gradients_are_counted_exactly(ball, restarts, chunk_size):
     attack = PGD(ball.with_eps(0.01), steps=5, restarts=restarts)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # `run` counts and leaves the warning to its caller
-        run = attack.run(Planted(), x, y, generator=seeded(), chunk_size=chunk_size)
+        run = attack.perturb(Planted(), x, y, generator=seeded(), chunk_size=chunk_size)
     counts = (run.gradients, run.zero_gradients, run.nonfinite_gradients)
     assert counts == (9 * 5 * restarts, 3 * 5 * restarts, 2 * 5 * restarts)
     assert run.zero_gradients.shape == run.nonfinite_gradients.shape == ()
@@ -218,7 +218,7 @@ def test_a_tiny_gradient_is_a_good_one(ball):
     model = model_for(x.shape)
     with torch.no_grad():
         model[1].weight.mul_(1e-25)
-    run = PGD(ball).run(model, x, y, generator=seeded())
+    run = PGD(ball).perturb(model, x, y, generator=seeded())
     assert (int(run.zero_gradients), int(run.nonfinite_gradients)) == (0, 0)
     assert (ball.norm(run.x_adv - x)[1:] > 0.8 * ball.eps).all()
 
@@ -243,9 +243,9 @@ def test_a_call_warns_of_gradients_that_were_not_finite():
 
 def test_gradients_are_counted_for_those_who_still_stand():
     x, y = planted(3, 0, 0)
-    run = PGD(Linf(0.01), steps=5, stop_when_fooled=True).run(Planted(), x, y)
+    run = PGD(Linf(0.01), steps=5, stop_when_fooled=True).perturb(Planted(), x, y)
     assert (run.gradients, int(run.zero_gradients)) == (15, 15)  # logits tie: class 0 is right
-    run = PGD(Linf(0.01), steps=5, stop_when_fooled=True).run(Planted(), x, 1 - y)
+    run = PGD(Linf(0.01), steps=5, stop_when_fooled=True).perturb(Planted(), x, 1 - y)
     assert (run.gradients, int(run.zero_gradients)) == (0, 0)
 
 
@@ -272,7 +272,7 @@ def waits_of(attack, model, monkeypatch, **settings):
                 lambda t, *a, name=name, method=method: waits.found.append(name) or method(t, *a),
             )
         waits.found.clear()
-        attack.run(model, x, y, generator=seeded(), **settings)
+        attack.perturb(model, x, y, generator=seeded(), **settings)
     return [w for w in waits.found if w != "tolist"] + [
         w for w in waits.found[1:] if w == "tolist"
     ]  # one, of the check

@@ -104,7 +104,7 @@ def test_a_step_of_two_eps_forgets_the_start():
 def test_they_cost_one_gradient_and_pass_their_settings_on():
     model, x, y = model_and_batch()
     for attack in (fgsm_rs(0.1, precision="fp32"), n_fgsm(0.1, precision="fp32")):
-        assert attack.run(model, x, y).gradients == len(x)
+        assert attack.perturb(model, x, y).gradients == len(x)
         assert attack.precision == "fp32"
         assert attack.inputs == InputSpace()
 

@@ -57,7 +57,7 @@ def run(attack, model, **settings):
     """The result and the warnings about memory."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = attack.run(model, X, Y, generator=seeded(), **settings)
+        result = attack.perturb(model, X, Y, generator=seeded(), **settings)
     return result, [str(w.message) for w in caught if "did not fit" in str(w.message)]
 
 
@@ -256,6 +256,6 @@ def test_on_cuda_what_fits_is_found_before_it_fails(little_memory):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attack(model, x, y, generator=seeded())
-    (known,) = sizing._KNOWN[model].values()
+    (known,) = sizing._KNOWN_ROWS[model].values()
     assert 256 <= known < 16384
     assert torch.cuda.max_memory_allocated() > 2**27  # and the memory is made use of

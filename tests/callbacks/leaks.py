@@ -159,9 +159,17 @@ class Spy(Callback):
                 if has_pattern(blob):
                     self.leaks.append((hook, name, dumps.__module__))
         if hook in self.CLEAN:
-            held = tensors_within(module, vars(self.callback._private), *optimizers)
+            held = tensors_within(module, held_by(self.callback), *optimizers)
             assert held
             self.leaks += [(hook, "memory", tuple(t.shape)) for t in planted_in(held)]
+
+
+def held_by(callback):
+    """What a callback keeps of a private training, and of the fit that is open."""
+    parts = [callback._training]
+    if callback._fit is not None:
+        parts += [callback._fit, callback._fit.step, callback._data]
+    return [vars(part) for part in parts]
 
 
 def _looking(hook):

@@ -199,7 +199,7 @@ def test_the_seed_is_that_of_each_fit():
 def test_a_state_sets_the_switch_both_ways():
     callback = AdversarialTraining(FGSM, alarm=SWITCH)
     before = callback.state_dict()
-    for carry in (callback.load_state_dict, callback.receive):
+    for carry in (callback.load_state_dict, callback.receive_state):
         carry({**before, "switched": True})
         assert callback.attack.steps == 10
         carry(before)

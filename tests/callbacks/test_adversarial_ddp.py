@@ -11,9 +11,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from defend import AdversarialTraining
 from defend.attacks.free import Free
 from defend.attacks.presets import fgsm_rs
+from defend.attacks.result import GradientCounts
 from defend.evaluation.overfitting import OverfittingAlarm, OverfittingWatch
 from defend.objectives import AWP, MART, TRADES, Madry
-from defend.training.tally import Tally
+from defend.training.adversarial import AdversarialSteps
 from tests.callbacks.by_hand import ATTACK, Rich, fit, plain_layers, train
 from tests.training.adversarial_cases import GAMMA, state_of
 
@@ -93,9 +94,9 @@ def test_rates_are_of_all_ranks_together(tmp_path, monkeypatch, theirs):
     """A rank may have had no records, as under Poisson sampling: others wait for what it logs."""
 
     def counts(self):
-        return theirs if torch.distributed.get_rank() else (8, 2, 1)
+        return GradientCounts(*(theirs if torch.distributed.get_rank() else (8, 2, 1)))
 
-    monkeypatch.setattr(Tally, "take", counts)
+    monkeypatch.setattr(AdversarialSteps, "take_counts", counts)
     first, second = two(tmp_path, Madry(), max_epochs=1)
     for metrics in (first["metrics"], second["metrics"]):
         total = 8 + theirs[0]

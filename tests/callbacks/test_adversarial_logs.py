@@ -233,5 +233,5 @@ class Pickling(Callback):
 def test_a_copy_in_the_middle_of_a_fit_holds_nothing_of_it(attack):
     pickling = Pickling()
     metrics(AdversarialTraining(attack, objective=Madry()), None, pickling)
-    assert pickling.copy._trainer is pickling.copy._seams is None
+    assert pickling.copy._trainer is pickling.copy._stopwatch is None
     assert pickling.copy.attack == attack

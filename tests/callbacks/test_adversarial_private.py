@@ -64,7 +64,7 @@ def test_and_does_not_count():
 
     class Counting(AdversarialTraining):
         def on_train_epoch_end(self, trainer, pl_module):
-            counted.append(self._steps.tally.gradients)
+            counted.append(self.steps.counts.gradients)
             super().on_train_epoch_end(trainer, pl_module)
 
     class Rows(Net):

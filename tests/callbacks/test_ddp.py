@@ -148,7 +148,7 @@ def test_what_spawned_copies_spent_and_measured_is_known(tmp_path):
     assert count_steps(ledger) == 8
     assert evaluation.report.records == 32
     assert len(evaluation.curves["linf"]) == 7
-    assert not Path(callback._mailbox).exists()
+    assert not Path(callback._state_file).exists()
 
 
 def test_what_a_failed_fit_of_copies_spent_is_known_and_adds_up(tmp_path):
@@ -163,7 +163,7 @@ def test_what_a_failed_fit_of_copies_spent_is_known_and_adds_up(tmp_path):
     run.fit(Net(), DataLoader(data(64), batch_size=8))
     (ledger,) = tmp_path.glob("privacy_ledgers/*")  # the second fit found that of the first
     assert callback.steps == count_steps(ledger) == 3 + 4
-    assert not Path(callback._mailbox).exists()
+    assert not Path(callback._state_file).exists()
 
 
 def test_where_copies_kept_their_ledger_is_known(tmp_path):

@@ -131,7 +131,7 @@ class Roots(Callback):
         return {}
 
     def on_train_start(self, trainer, pl_module):
-        self.roots.append(self.callback._private._randomness.root)
+        self.roots.append(self.callback.data.randomness.root)
 
     def on_after_backward(self, trainer, pl_module):
         (self.folder / f"{trainer.global_step}.pickle").write_bytes(pickle.dumps(pl_module))
@@ -157,7 +157,7 @@ def test_no_file_holds_a_gradient_or_the_root(tmp_path, monkeypatch):
         enable_checkpointing=True, default_root_dir=tmp_path,
     )  # fmt: skip
     monkeypatch.setattr(callback, "_home", -1)  # as in a copy on rank 0, which posts
-    callback.post()
+    callback.send_state()
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     with warnings.catch_warnings(), mlflow.start_run(run_id=store.run_id):
         warnings.simplefilter("ignore")
@@ -190,7 +190,7 @@ class Peek(Callback):
         return {}
 
     def on_after_backward(self, trainer, pl_module):
-        self.root = self.callback._private._randomness.root
+        self.root = self.callback.data.randomness.root
         with contextlib.suppress(pickle.PicklingError, TypeError, AttributeError):
             self.blobs.append(cloudpickle.dumps(self.callback))
 

@@ -14,6 +14,7 @@ from tests.callbacks.leaks import (
     Spy,
     batches,
     has_pattern,
+    held_by,
     planted_in,
     private,
     tensors_within,
@@ -72,7 +73,7 @@ def test_after_the_fit_the_module_is_as_it_was():
     module, run, callback, _ = watched_fit(module)
     as_it_was(module, run, before)
     assert not has_pattern(cloudpickle.dumps(callback.state_dict()))
-    assert planted_in(tensors_within(vars(callback._private))) == []
+    assert planted_in(tensors_within(held_by(callback))) == []
 
 
 @pytest.mark.parametrize("fails", ["in_chunk", "in_validation"])
@@ -88,8 +89,8 @@ def test_after_an_exception_too(fails):
     for spy in spies:
         assert spy.leaks == []
         assert "on_exception" in spy.looked
-    assert callback._private._step is None
-    assert planted_in(tensors_within(vars(callback._private))) == []
+    assert callback._fit is None
+    assert planted_in(tensors_within(held_by(callback))) == []
 
 
 class Interrupting(Callback):
@@ -115,4 +116,4 @@ def test_after_ctrl_c_too():
     assert spy.leaks == []
     assert spy.looked[-1] == "on_exception"
     assert callback.steps == 1
-    assert planted_in(tensors_within(vars(callback._private))) == []
+    assert planted_in(tensors_within(held_by(callback))) == []

@@ -317,7 +317,7 @@ def test_nobody_sees_a_gradient_without_noise():
     class NosyCallback(Callback):
         def look(self, trainer, pl_module, *args):
             seen.append([p.grad for p in pl_module.parameters()])
-            assert not callback._private._step._per_record.holds_any
+            assert not callback.fit.step.engine.holds_any
 
         on_after_backward = on_before_optimizer_step = look
 

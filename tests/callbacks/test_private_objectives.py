@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from defend import PGD, AdversarialTraining, Linf, PrivacyError
@@ -33,10 +34,15 @@ class Recording(AdversarialTraining):
         super().__init__(*args, **settings)
         self.made = []
 
-    def transform(self, batch, module, *, anew=None):
-        made = super().transform(batch, module, anew=anew)
-        self.made.append(made)
-        return made
+    def setup(self, trainer, pl_module, stage):
+        super().setup(trainer, pl_module, stage)
+        attack = self.steps.attacked
+
+        def attacked(*args, **settings):
+            self.made.append(attack(*args, **settings))
+            return self.made[-1]
+
+        self.steps.attacked = attacked
 
 
 class Augmented(TensorDataset):
@@ -117,7 +123,7 @@ def test_passes_the_selftest_and_trains_with_noise(objective, views):
         batches=batches(),
     )
     assert callback.steps == 8
-    assert callback._private.selftest.passed
+    assert callback._training.selftest.passed
     assert torch.isfinite(flat(module)).all()
     assert all(p.grad is None for p in module.parameters())
 
@@ -379,3 +385,29 @@ def test_on_cuda(objective, precision):
         assert callback.steps == 4
     tolerance = 1e-4 if precision == "32-true" else 2e-2
     torch.testing.assert_close(*results, rtol=0, atol=tolerance)
+
+
+class Talkative(Net):
+    """Writes to the logger in its forward."""
+
+    def forward(self, x):
+        if self.logger is not None:
+            self.logger.log_metrics({"forward": 1.0})
+        return super().forward(x)
+
+
+def test_trying_a_step_out_logs_nothing(tmp_path):
+    """Neither its own forward nor the objective's: what is in the log is the step itself."""
+
+    class Counting(CSVLogger):
+        calls = 0
+
+        def log_metrics(self, metrics, step=None):
+            self.calls += "forward" in metrics
+
+    logger = Counting(tmp_path)
+    callbacks = [AdversarialTraining(ATTACK, objective=TRADES()), private(noise_multiplier=1.0)]
+    quiet = {"limit_val_batches": 0, "num_sanity_val_steps": 0}
+    fit(callbacks, Talkative, max_steps=1, logger=logger, **quiet)
+    attack, step, other = 1 + ATTACK.steps, 1, 1  # the divergence starts from clean logits
+    assert logger.calls == attack + step + other

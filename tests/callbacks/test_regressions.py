@@ -8,9 +8,10 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import nn
 from torch.utils.data import DataLoader, random_split
 
-from defend import Decay, DifferentialPrivacy, PrivacyError, make_private
+from defend import Decay, DifferentialPrivacy, PrivacyError
 from defend.privacy import epsilon
 from tests.helpers import Net, data, flat, loader, trainer
+from tests.loops import private_loop
 
 
 def private(**settings):
@@ -34,7 +35,7 @@ def test_a_schedule_that_answers_differently_each_time_is_charged_as_it_was_used
 
     class Sigma(Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            released.append(callback._private._step.noise_multiplier)
+            released.append(callback.fit.step.noise_multiplier)
 
     fit(callback, extra=[Sigma()])
     charged = [sigma for sigma, _, steps in callback.history for _ in range(steps)]
@@ -64,7 +65,7 @@ def test_the_norm_that_is_asked_for_at_a_resume_is_the_one_that_is_used(tmp_path
 
     class Norm(Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            norms.append(callback._private._step.max_grad_norm)
+            norms.append(callback.fit.step.max_grad_norm)
 
     callback = private(max_grad_norm=0.1)
     fit(callback, extra=[Norm()], ckpt=tmp_path / "a.ckpt", max_epochs=2)
@@ -157,25 +158,26 @@ def test_a_step_on_a_swallowed_error_inside_an_optimizer_is_refused():
 
     model = nn.Linear(8, 3)
     optimizer = Failing(model.parameters(), lr=0.1)
-    loop = make_private(
+    loop = private_loop(
         model, optimizer, loader(64, 8), loss=lambda m, b: F.cross_entropy(m(b[0]), b[1]),
         epochs=1, delta=1e-3, max_grad_norm=1.0, noise_multiplier=1.0, ledger=False,
     )  # fmt: skip
-    step = loop._private._step
+    *_, fit = loop._open
     batch = next(iter(loop.loader))
 
     def compute(chunk, rows):
         (F.cross_entropy(model(chunk[0]), chunk[1]) * rows).backward()
 
-    loop._private.run(batch, compute)
-    loop._private.release()
+    for chunk in fit.chunks(batch):
+        with chunk:
+            compute(chunk.batch, chunk.rows)
+    fit.release()
     with pytest.raises(RuntimeError, match="out of luck"):
         optimizer.step()
     with pytest.raises(PrivacyError, match="no backward between the release"):
         compute(batch, len(batch[0]))
     with pytest.raises(PrivacyError, match="one noised gradient for each optimizer step"):
         torch.optim.SGD.step(optimizer)
-    assert step is not None
     loop.close()
 
 

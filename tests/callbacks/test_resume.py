@@ -1,6 +1,8 @@
 """A run that is killed and resumed spends what the uninterrupted run spends."""
 
+import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -18,28 +20,38 @@ from tests.processes import NOISE
 ROOT = Path(__file__).parents[2]
 
 
-def run(folder, *, seed="none", kill_at=0, resume="none", ledger="shared"):
-    folder.mkdir(exist_ok=True)
-    arguments = ["train_private", folder, seed, kill_at, resume, ledger]
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.processes", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+SEEDS = ("none", "11")
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """For each seed its folder, and how three runs ended: straight, killed and resumed."""
+    folders, runs = {}, []
+    for seed in SEEDS:
+        folder = folders[seed] = tmp_path_factory.mktemp(f"seed-{seed}")
+        checkpoint = folder / "killed" / "step=12.ckpt"
+        for name, kill_at, resume, ledger in (
+            ("straight", 0, "none", "own"),
+            ("killed", 13, "none", "shared"),
+            ("resumed", 0, checkpoint, "shared"),
+        ):
+            (folder / name).mkdir()
+            runs.append(f"{folder / name},{seed},{kill_at},{resume},{ledger}")
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.processes", "train_in_turn", *runs],
+        cwd=ROOT, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
-
-
-def report(process):
     assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    lines = [line for line in process.stdout.splitlines() if re.fullmatch(r"-?\d+|{.*}", line)]
+    found = iter(map(json.loads, lines))
+    return {seed: (folders[seed], list(itertools.islice(found, 5))) for seed in SEEDS}
 
 
-@pytest.mark.parametrize("seed", ["none", "11"])
-def test_kill_and_resume_in_mid_epoch(tmp_path, seed):
-    straight = report(run(tmp_path / "straight", seed=seed, ledger="own"))
-    killed = run(tmp_path / "killed", seed=seed, kill_at=13)
-    assert killed.returncode == -signal.SIGKILL
-    last = tmp_path / "killed" / "step=12.ckpt"
-    assert last.exists()
-    resumed = report(run(tmp_path / "resumed", seed=seed, resume=last))
+@pytest.mark.parametrize("seed", SEEDS)
+def test_kill_and_resume_in_mid_epoch(ended, seed):
+    folder, (straight, well, killed, resumed, too) = ended[seed]
+    assert (well, killed, too) == (0, -signal.SIGKILL, 0)
+    assert (folder / "killed" / "step=12.ckpt").exists()
 
     # 12 steps to the checkpoint, one more that was lost but not refunded, and 20 after it.
     assert sum(steps for *_, steps in straight["history"]) == 32
@@ -54,8 +66,8 @@ def test_kill_and_resume_in_mid_epoch(tmp_path, seed):
         assert not torch.allclose(*weights)
         lines = [
             json.loads(line)
-            for folder in ("killed", "resumed")
-            for line in (tmp_path / folder / NOISE).read_text().splitlines()
+            for name in ("killed", "resumed")
+            for line in (folder / name / NOISE).read_text().splitlines()
         ]
         replayed = [first for step, first in lines if step == 12]
         assert len(replayed) == 2
@@ -123,7 +135,7 @@ def test_checkpoints_hold_no_secret_and_load_as_weights_only(tmp_path):
 
     class Peek(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            roots.append(callback._private._randomness.root)
+            roots.append(callback.data.randomness.root)
 
     module = Net()
     program = trainer(callbacks=[callback, Peek()])

@@ -6,6 +6,8 @@ from torch.utils.data import DataLoader
 
 from defend import PGD, DifferentialPrivacy, InputError, InputSpace, Linf, RobustnessEvaluation
 from defend import evaluate as evaluate_model
+from defend.attacks.attack import Attack
+from defend.attacks.result import AttackResult
 from tests.helpers import Net, data, flat, loader, trainer
 
 ATTACKS = {"pgd3": PGD(Linf(0.1), steps=3)}
@@ -59,7 +61,7 @@ def evaluated_epochs(evaluation, **settings):
 
     class Record(pl.Callback):
         def on_validation_end(self, trainer, pl_module):
-            if evaluation._measured_at == trainer.global_step and not trainer.sanity_checking:
+            if evaluation._latest.step == trainer.global_step and not trainer.sanity_checking:
                 epochs.append(trainer.current_epoch + 1)
 
     fit(evaluation, [Record()], **settings)
@@ -286,3 +288,20 @@ def test_attacks_of_others_run_in_inference_mode():
         module, validation(), {"own": ascend}, progress=False
     )
     assert all(p.grad is None for p in module.parameters())
+
+
+class Fixed(Attack):
+    """Knows its ball, and no other radius."""
+
+    ball, steps = Linf(0.1), 5
+
+    def _perturb(self, model, x, y, **_):
+        return AttackResult(x)
+
+
+def test_there_is_no_curve_of_an_attack_with_one_radius():
+    evaluation = RobustnessEvaluation({"fixed": Fixed(), **ATTACKS})
+    fit(evaluation)
+    assert list(evaluation.curves) == ["linf"]  # of PGD, though it takes fewer steps
+    fit(alone := RobustnessEvaluation({"fixed": Fixed()}))
+    assert alone.curves == {}

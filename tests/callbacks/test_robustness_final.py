@@ -59,7 +59,7 @@ def test_weights_averaged_at_the_end_are_told_and_have_the_curve():
     with pytest.warns(UserWarning, match=NOT_FINAL):
         module, run = fit(evaluation, records, averaging, max_epochs=6)
     assert not torch.equal(records.before, flat(module))
-    assert evaluation._measured_at == run.global_step  # the step alone would not tell
+    assert evaluation._latest.step == run.global_step  # the step alone would not tell
     assert evaluation.curves["linf"][0.0] == pytest.approx(accuracy(module))
     assert evaluation.report != evaluate_model(module, validation(), ATTACKS, progress=False)
 

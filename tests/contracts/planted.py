@@ -17,7 +17,7 @@ from defend.objectives.losses import kl
 from defend.privacy.gradients import per_record
 from defend.privacy.gradients.per_record import PerRecordGradients
 from defend.privacy.mechanism.gaussian import clip_and_sum
-from defend.training import AdversarialSettings
+from defend.training import Adversarial
 from tests.contracts import sensitivity
 from tests.contracts.sensitivity import ATTACK, C, Combination, Record, augmented, clipped_sum, net
 from tests.contracts.small import flat
@@ -72,12 +72,8 @@ def no_merge(batch):
     """Views as rows of their own: each is clipped, none are merged."""
     combination = Combination("Madry", 2, None)
 
-    def clip_rows(self, gradients, max_grad_norm, weights):
-        return clip_and_sum(gradients, max_grad_norm), None
-
     with (
         mock.patch.object(per_record, "mean_of_views", lambda gradient, views: gradient),
-        mock.patch("defend.privacy.mechanism.clipping.FlatClipping.clip", clip_rows),
         mock.patch.object(PerRecordGradients, "_compare_with_autograd"),
         mock.patch.object(PerRecordGradients, "_of", lambda s, n, p, r: s._gradients[p]),
     ):
@@ -144,7 +140,7 @@ def universal(model, x, y):
 
 
 def attacked_by(perturb, batch):
-    settings = AdversarialSettings(Attack(perturb))
+    settings = Adversarial(Attack(perturb))
     with mock.patch.dict(sensitivity.OBJECTIVES, {"planted": settings}):
         return clipped_sum(batch, Combination("planted", 1, None))
 

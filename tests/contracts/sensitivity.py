@@ -13,12 +13,10 @@ import functools
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -29,17 +27,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from defend import PGD, Linf, make_private
+from defend import PGD, Linf
 from defend.objectives import AWP, MART, TRADES
-from defend.training import AdversarialSettings
+from defend.training import Adversarial
 from defend.training.adversarial import AdversarialSteps
-from defend.training.private import PrivateTraining
+from defend.training.step import TrainingStep
 from tests.contracts.small import flat, same_weights
+from tests.distributed import process_group, torchrun
+from tests.loops import private_loop
 
 C = 0.5
 BOUND = 1 + 1e-4
 COUNT = 5  # records; one more takes another's place
-ROOT = Path(__file__).parents[2]
 
 Record = tuple[int, Tensor, Tensor]
 
@@ -60,18 +59,23 @@ def own(row: Tensor, extra: int = 0) -> torch.Generator:
 
 
 ATTACK = PGD(Own(0.3), steps=2, step_size=0.2)
-OBJECTIVES: dict[str, AdversarialSettings | None] = {
+OBJECTIVES: dict[str, Adversarial | None] = {
     "augmented only": None,
-    "Madry": AdversarialSettings(ATTACK),
-    "half clean": AdversarialSettings(ATTACK, clean_fraction=0.5),
-    "TRADES": AdversarialSettings(ATTACK, objective=TRADES(6.0)),
-    "MART": AdversarialSettings(ATTACK, objective=MART(5.0)),
-    "AWP of Madry": AdversarialSettings(ATTACK, objective=AWP(gamma=5.0)),
-    "AWP of TRADES": AdversarialSettings(ATTACK, objective=AWP(TRADES(6.0), gamma=5.0)),
+    "Madry": Adversarial(ATTACK),
+    "half clean": Adversarial(ATTACK, clean_fraction=0.5),
+    "TRADES": Adversarial(ATTACK, objective=TRADES(6.0)),
+    "MART": Adversarial(ATTACK, objective=MART(5.0)),
+    "AWP of Madry": Adversarial(ATTACK, objective=AWP(gamma=5.0)),
+    "AWP of TRADES": Adversarial(ATTACK, objective=AWP(TRADES(6.0), gamma=5.0)),
 }
 VIEWS = (1, 2, 3)
 CHUNKS = (None, 4, 1)
-RANKS = (1, 2, 3)
+# Each process cuts its own share into chunks, as one process does. What several add is that some
+# have more chunks than others: 2, 2 and 1 records on three processes, one a chunk. So tests measure
+# these; with `EVERY` in the environment, as for the README's table, it is all chunk sizes.
+CHUNKS_OF = {1: CHUNKS, 2: (None,), 3: (1,)}
+EVERY = "DEFEND_TESTS_EVERY_COMBINATION"
+RANKS = tuple(CHUNKS_OF)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,10 @@ class Combination:
     chunk: int | None
 
 
-COMBINATIONS = [Combination(*c) for c in itertools.product(OBJECTIVES, VIEWS, CHUNKS)]
+def combinations(ranks: int) -> list[Combination]:
+    """What is measured under so many processes."""
+    chunks = CHUNKS if EVERY in os.environ else CHUNKS_OF[ranks]
+    return [Combination(*c) for c in itertools.product(OBJECTIVES, VIEWS, chunks)]
 
 
 def net() -> nn.Sequential:
@@ -132,7 +139,7 @@ def coupled(released: dict[str, Tensor]) -> Iterator[None]:
     """Random numbers of a record are its own, and earlier releases are the same."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(AdversarialSteps, "_rows_to_attack", own_coins))
-        stack.enter_context(mock.patch.object(PrivateTraining, "released", released))
+        stack.enter_context(mock.patch.object(TrainingStep, "_released", return_value=released))
         yield
 
 
@@ -146,7 +153,7 @@ def clipped_sum(batch: Sequence[Record], combination: Combination) -> Tensor:
     """Σᵢ clip(gᵢ) over all of `batch`, as a training releases it when its noise is off."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     module = net()
-    with coupled(released()), make_private(
+    with coupled(released()), private_loop(
         DistributedDataParallel(module) if world > 1 else module,
         torch.optim.SGD(module.parameters(), lr=0.0),
         DataLoader(list(batch), batch_size=1, collate_fn=augmented),
@@ -162,7 +169,7 @@ def clipped_sum(batch: Sequence[Record], combination: Combination) -> Tensor:
         ledger=False,
         selftest=False,
     ) as private:  # fmt: skip
-        private._private.sampler.sample = lambda step: list(range(len(batch)))
+        private._open[-1].data.sampler.sample = lambda step: list(range(len(batch)))
         private.step(next(iter(private.loader)))
         return flat([p.grad for p in module.parameters()]).double() * world
 
@@ -187,30 +194,19 @@ def measure(combination: Combination) -> float:
 def table(ranks: int) -> dict[Combination, float]:
     """What each combination moves by, under so many processes."""
     if ranks == 1:
-        return {c: measure(c) for c in COMBINATIONS}
+        return {c: measure(c) for c in combinations(1)}
     with tempfile.TemporaryDirectory(prefix="defend-sensitivity-") as folder:
         file = Path(folder, "moves.json")
-        command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        done = subprocess.run(
-            [sys.executable, "-m", *command, "-m", "tests.contracts.sensitivity", str(file)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return dict(zip(COMBINATIONS, json.loads(file.read_text()), strict=True))
+        torchrun(ranks, "tests.contracts.sensitivity", str(file))
+        return dict(zip(combinations(ranks), json.loads(file.read_text()), strict=True))
 
 
 def main(file: str) -> None:
     """One of several processes; rank 0 writes what was measured."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    moves = [measure(c) for c in COMBINATIONS]
-    if dist.get_rank() == 0:
-        Path(file).write_text(json.dumps(moves))
-    dist.destroy_process_group()
+    with process_group():
+        moves = [measure(c) for c in combinations(dist.get_world_size())]
+        if dist.get_rank() == 0:
+            Path(file).write_text(json.dumps(moves))
 
 
 if __name__ == "__main__":

@@ -74,10 +74,12 @@ def test_an_ordinary_module_is_safe_and_reaches_C():  # noqa: N802
 
 def test_the_yardstick_rejects_a_clip_to_one_percent_more(monkeypatch):
     """A planted wrong answer, in the clipping itself."""
-    from defend.privacy.mechanism import gaussian as mechanism
+    from defend.privacy.mechanism import clipping
+    from defend.training import config
 
-    right = mechanism.clip_factors
-    monkeypatch.setattr(mechanism, "clip_factors", lambda n, c: 1.01 * right(n, c))
+    monkeypatch.setattr(config, "check_clipping", lambda rule: None)  # which would refuse it
+    right = clipping.clip_factors
+    monkeypatch.setattr(clipping, "clip_factors", lambda n, c: 1.01 * right(n, c))
     monkeypatch.setattr(yardstick, "dp", lambda **s: _dp(**{**s, "selftest": False}))
     assert measure(norms=(0.1,)) == Outcome("open", "sensitivity 1.010 C")
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from defend import L2, PGD, InputError, InputSpace, Linf
 from defend.attacks.presets import fgsm_rs, n_fgsm
-from defend.evaluation.overfitting import OverfittingAlarm, Reading, RobustnessTrend, wilson
+from defend.evaluation.overfitting import OverfittingAlarm
+from defend.evaluation.trend import Reading, RobustnessTrend, wilson
 
 FGSM = PGD(Linf(0.2), steps=1, step_size=0.2, random_start=False)
 

@@ -1,5 +1,12 @@
-"""The alarm in a small training that truly overfits, and in one that does not."""
+"""The alarm in a small training that truly overfits, and in one that does not.
 
+A training's course differs between processors as it does between seeds. So what is asserted held
+for each of six seeds with a margin; beside it stands what was found.
+"""
+
+import functools
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,9 +34,14 @@ def frail_and_robust(records=1024, bits=3, copies=8):
     return x, (bit * 2 ** torch.arange(bits)).sum(1)
 
 
-def watched_training(attack, steps):
-    torch.manual_seed(3)
-    generator, (x, y) = seeded(3), frail_and_robust()
+ATTACKS = {"fgsm": FGSM, "pgd": PGD(Linf(0.2), steps=3)}
+
+
+@functools.cache
+def watched_training(attack, seed, steps):
+    torch.manual_seed(seed)
+    generator, (x, y) = seeded(seed), frail_and_robust()
+    attack = ATTACKS[attack]
     model = nn.Sequential(
         nn.Linear(27, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 8)
     )
@@ -48,24 +60,42 @@ def watched_training(attack, steps):
     return history
 
 
-def test_the_alarm_goes_off_in_fgsm_training_that_overfits():
-    history = watched_training(FGSM, 1100)
-    accuracy = [reading.pgd_accuracy for reading in history]
-    first = [reading.alarm for reading in history].index(True)
-    # It is catastrophic overfitting: robustness was there and is gone, FGSM says the opposite.
-    assert max(accuracy[:first]) > 0.65
-    assert sum(accuracy[-5:]) / 5 < 0.2
-    assert sum(r.single_step_accuracy for r in history[-5:]) / 5 > 0.7
-    assert sum(r.single_step_loss for r in history[-5:]) < sum(
-        r.single_step_loss for r in history[first // 2 : first // 2 + 5]
-    )
-    # Neither before it begins nor long after: the training ends with the alarm on.
-    assert accuracy[first] < 0.5 * max(accuracy)
-    assert min(accuracy[4 : first - 3]) > 0.25
-    assert sum(reading.alarm for reading in history[-5:]) >= 3
+def recent(values):
+    """The mean of each four in a row: of 256 records, so that chance moves it by 0.03."""
+    return [sum(values[i - 4 : i]) / 4 for i in range(4, len(values) + 1)]
+
+
+def assert_overfits(history):
+    """Robustness was there and is gone; the attack of the training says the opposite."""
+    accuracy = recent([reading.pgd_accuracy for reading in history])
+    seen = recent([reading.single_step_accuracy for reading in history])
+    loss = recent([reading.single_step_loss for reading in history])
+    best = max(accuracy)
+    assert best > 0.5  # 0.70 to 0.74
+    assert accuracy[-1] < 0.5 * best  # 0 to 0.29
+    assert seen[-1] > accuracy[-1] + 0.3  # 0.60 to 0.85
+    assert loss[-1] < loss[accuracy.index(best)]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_alarm_goes_off_in_fgsm_training_that_overfits(seed):
+    history = watched_training("fgsm", seed, 1100)
+    assert_overfits(history)
+    accuracy = recent([reading.pgd_accuracy for reading in history])
+    alarm = [reading.alarm for reading in history][3:]
+    best = max(accuracy)
+    # Not before it begins, nor long after.
+    assert max(a for a, on in zip(accuracy, alarm, strict=True) if on) < 0.6 * best  # 0.31 to 0.44
+    gone = next(i for i, a in enumerate(accuracy) if a < best / 3 and i > accuracy.index(best))
+    assert alarm.index(True) < gone + 5  # from 2 looks before to 1 after
+    # Where nothing is left of it, the alarm is on.
+    nothing = [on for a, on in zip(accuracy, alarm, strict=True) if a < best / 4]
+    assert sum(nothing) >= len(nothing) / 2  # at most one look in 15 was off
 
 
 def test_it_does_not_go_off_in_pgd_training_of_the_same_model():
-    history = watched_training(PGD(Linf(0.2), steps=3), 900)
+    history = watched_training("pgd", 3, 600)
     assert not any(reading.alarm for reading in history)
-    assert history[-1].pgd_accuracy > 0.6
+    assert recent([reading.pgd_accuracy for reading in history])[-1] > 0.5  # 0.67 to 0.76
+    with pytest.raises(AssertionError):
+        assert_overfits(history)

@@ -6,7 +6,7 @@ from torch import nn
 
 from defend import PGD, InputError, Linf
 from defend.evaluation import RobustnessMeter, robustness_curve
-from defend.evaluation.robustness import curve_of_batches
+from defend.evaluation.curve import curve_of_batches
 from tests.evaluation.test_robustness import Small, Threshold, X, Y
 
 # --- attacks of others ----------------------------------------------------------------------------

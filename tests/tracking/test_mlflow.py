@@ -32,20 +32,25 @@ def fit(logger, chosen=None, seed=0, **settings):
     module = Net()
     made = callbacks() if chosen is None else chosen
     run = trainer(
-        callbacks=made, logger=logger, max_epochs=3, **{"log_every_n_steps": 1, **settings}
+        callbacks=made, logger=logger, **{"max_epochs": 3, "log_every_n_steps": 1, **settings}
     )
     run.fit(module, loader(256, 32), loader(32, 32, seed=1))
     return made, module
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory):
+def store(tmp_path_factory):
+    """One database for all: to make one takes MLflow seconds. Each test has a run of its own."""
     folder = tmp_path_factory.mktemp("mlflow")
-    logger = MLFlowLogger(
-        "defend",
-        tracking_uri=f"sqlite:///{folder}/mlflow.db",
-        artifact_location=str(folder / "artifacts"),
-    )
+    return {
+        "tracking_uri": f"sqlite:///{folder}/mlflow.db",
+        "artifact_location": str(folder / "artifacts"),
+    }
+
+
+@pytest.fixture(scope="module")
+def tracked(store):
+    logger = MLFlowLogger("defend", **store)
     made, _ = fit(logger)
     return made, logger.experiment, logger.run_id
 
@@ -121,22 +126,22 @@ def test_the_report_is_json(tracked):
     assert report["worst_case_accuracy"] == evaluation.report.worst_case_accuracy
 
 
-def test_runs_without_dp_have_no_epsilon_and_are_tagged(tmp_path):
-    logger = MLFlowLogger("defend", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+def test_runs_without_dp_have_no_epsilon_and_are_tagged(store):
+    logger = MLFlowLogger("defend", **store)
     evaluation = RobustnessEvaluation({"pgd4": PGD(Linf(0.1), steps=2)}, curve_records=0)
-    fit(logger, [evaluation])
+    fit(logger, [evaluation], max_epochs=1)
     data = logger.experiment.get_run(logger.run_id).data
     assert "privacy/epsilon" not in data.metrics
     assert data.tags["defend.private"] == "false"
     assert "Privacy" not in data.tags["mlflow.note.content"]
 
 
-def test_a_fixed_seed_is_on_the_card(tmp_path):
-    logger = MLFlowLogger("defend", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+def test_a_fixed_seed_is_on_the_card(store):
+    logger = MLFlowLogger("defend", **store)
     private = DifferentialPrivacy(
         delta=1e-3, max_grad_norm=0.5, noise_multiplier=1.0, insecure_seed=1
     )
-    fit(logger, [private])
+    fit(logger, [private], max_epochs=1)
     tags = logger.experiment.get_run(logger.run_id).data.tags
     assert tags["defend.private"] == "false"
     assert "Privacy: NONE" in tags["mlflow.note.content"]
@@ -149,7 +154,7 @@ def test_other_loggers_and_none_train_the_same(tmp_path):
             DifferentialPrivacy(
                 delta=1e-3, max_grad_norm=0.5, noise_multiplier=1.0, insecure_seed=1
             ),
-            RobustnessEvaluation({"pgd4": PGD(Linf(0.1), steps=4)}),
+            RobustnessEvaluation({"pgd4": PGD(Linf(0.1), steps=4)}, curve_records=0),
         ]
 
     csv = CSVLogger(tmp_path)
@@ -160,10 +165,10 @@ def test_other_loggers_and_none_train_the_same(tmp_path):
     assert {"privacy/epsilon", "robust/worst_case_accuracy"} <= set(header.split(","))
 
 
-def test_long_values_are_cut_here_not_in_silence_there(tmp_path):
+def test_long_values_are_cut_here_not_in_silence_there(store):
     from defend.tracking.mlflow import RunLog
 
-    logger = MLFlowLogger("defend", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    logger = MLFlowLogger("defend", **store)
     log = RunLog(logger.experiment, logger.run_id)
     log.log_params({"long": "x" * 9000, "eps": math.inf})
     log.log_params({"eps": 3})  # a resumed run keeps its first value

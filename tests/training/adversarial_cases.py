@@ -9,8 +9,8 @@ from torch import nn
 from defend import PGD, Linf
 from defend.objectives import AWP, MART, TRADES, Madry
 from defend.privacy import Randomness
-from defend.training import make_adversarial
 from tests.helpers import data
+from tests.loops import adversarial_loop
 from tests.reference import objectives as reference
 
 EPS, STEPS, SEED = 0.1, 3, 5
@@ -46,7 +46,7 @@ def batches(count=3, rows=16, dtype=torch.float64):
 
 
 def loop_of(model, attack=ATTACK, optimizer=None, *, loss=mean_loss, seed=SEED, **settings):
-    return make_adversarial(
+    return adversarial_loop(
         model, optimizer or sgd(model), attack, loss=loss, seed=seed, **settings
     )
 

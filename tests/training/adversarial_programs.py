@@ -9,7 +9,6 @@ import functools
 import os
 import sys
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from defend import PGD, Linf
 from defend.attacks.free import Free
 from defend.objectives import AWP, MART, TRADES
+from tests.distributed import process_group, torchrun
 from tests.helpers import flat
 from tests.training.adversarial_cases import batches as rows_of
 from tests.training.adversarial_cases import loop_of, net, sgd
-from tests.training.programs import WAIT, launch
 
 # No random start, so that both kinds of run attack alike.
 ATTACK = PGD(Linf(0.1), steps=2, random_start=False, loss="margin")
@@ -71,14 +70,24 @@ def _train(loop, bare, optimizer, world, accumulate=1, dtype=torch.float64):
             losses.append(loop.backward([t[part::accumulate] for t in mine], 1 / accumulate))
         optimizer.step()
     x, y = rows_of(1, ROWS, dtype)[0]
-    starts = loop_of(loop._host.model, PGD(Linf(0.1), steps=1), fabric=loop._host.fabric)
+    starts = loop_of(
+        loop._runtime.model, PGD(Linf(0.1), steps=1), fabric=getattr(loop._runtime, "_fabric", None)
+    )
     return {
         "weights": flat(bare),
         "loss": torch.stack(losses).double().mean(),
         "attacked": starts.attacked((x, y))[0],
-        "seed": loop_of(loop._host.model, seed=None, fabric=loop._host.fabric).state_dict()["seed"],
+        "seed": loop_of(
+            loop._runtime.model, seed=None, fabric=getattr(loop._runtime, "_fabric", None)
+        ).state_dict()["seed"],
         "rates": loop.rates(),
     }
+
+
+def not_wrapped(world):
+    """No DistributedDataParallel around it; an error where there are several processes."""
+    loop_of(mlp())
+    return {"error": None}
 
 
 CASES = {
@@ -93,6 +102,7 @@ CASES = {
     "fabric madry": (fabric, {}),
     "fabric trades": (fabric, {"objective": TRADES()}),
     "fabric half": (fabric, {"objective": MART(), "precision": "bf16-mixed"}),
+    "not wrapped": (not_wrapped, {}),
 }
 
 
@@ -112,8 +122,7 @@ def alone(name):
 @functools.cache
 def _folder():
     folder = tempfile.mkdtemp(prefix="defend-adversarial-")
-    launch("torch.distributed.run", "--standalone", "--nproc_per_node=2",
-           "-m", "tests.training.adversarial_programs", folder)  # fmt: skip
+    torchrun(2, "tests.training.adversarial_programs", folder)
     return folder
 
 
@@ -123,17 +132,9 @@ def reports(name):
 
 
 def main(folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=WAIT))
-    for name in CASES:
-        torch.save(run_case(name, 2), Path(folder, f"{name}-{os.environ['LOCAL_RANK']}.pt"))
-    bare = {"error": None}
-    try:
-        loop_of(mlp())
-    except Exception as error:
-        bare = {"error": type(error).__name__, "message": str(error)}
-    torch.save(bare, Path(folder, f"not wrapped-{os.environ['LOCAL_RANK']}.pt"))
-    dist.destroy_process_group()
+    with process_group():
+        for name in CASES:
+            torch.save(run_case(name, 2), Path(folder, f"{name}-{os.environ['LOCAL_RANK']}.pt"))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from defend.training import make_private
 from tests.helpers import Net, loader
+from tests.loops import private_loop
 
 SETTINGS = {"delta": 1e-3, "max_grad_norm": 0.5, "noise_multiplier": 0.7}
 TARGET = {"noise_multiplier": None, "target_epsilon": 3.0}
@@ -27,7 +27,7 @@ def sgd(model, lr=0.05):
 
 
 def private(model, optimizer=None, batches=None, *, loss=mean_loss, epochs=1, **settings):
-    return make_private(
+    return private_loop(
         model,
         optimizer or sgd(model),
         loader(256, 32) if batches is None else batches,

@@ -6,19 +6,17 @@ runs cases under Lightning's own launcher, or under `torch.distributed.run` if t
 process writes what each case ended with to FOLDER. `alone` runs a case in this process.
 """
 
+import dataclasses
 import errno
 import functools
 import os
-import subprocess
 import sys
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
@@ -29,16 +27,19 @@ from torch.utils.data import DataLoader, DistributedSampler
 from defend import PGD, AdversarialTraining, DifferentialPrivacy, Linf, RobustnessEvaluation
 from defend.objectives import AWP, MART, TRADES, Madry
 from defend.privacy import AdaptiveClipping, Randomness
-from defend.training import make_private
+from tests.distributed import launch, process_group, torchrun
 from tests.helpers import Net, data, flat, trainer
+from tests.loops import private_loop
 
 SETTINGS = {"delta": 1e-3, "max_grad_norm": 0.5, "noise_multiplier": 0.0, "insecure_seed": 3}
 SIGMA = 1.5
-ROOT = Path(__file__).parents[2]
-TIMEOUT = 180  # seconds, for a whole program
-WAIT = 30  # seconds that one process waits for another
 # No random start, which each rank has for itself, and no loss of the objective's, which needs one.
 ATTACK = PGD(Linf(0.1), steps=2, random_start=False, loss="margin")
+
+
+def fit_of(private):
+    """The open fit of a loop or of a callback."""
+    return private.fit if isinstance(private, DifferentialPrivacy) else private._open[-1]
 
 
 def mlp():
@@ -71,7 +72,7 @@ def plain(world, *, records=64, batch=16, epochs=2, lr=0.05, loss=mean_loss, wra
     loader = DataLoader(records, batch_size=batch // world, sampler=shards)
     wrapped = DistributedDataParallel(model) if world > 1 and wrap else model
     settings = {**SETTINGS, **settings}
-    with make_private(wrapped, optimizer, loader, loss=loss, epochs=epochs, **settings) as private:
+    with private_loop(wrapped, optimizer, loader, loss=loss, epochs=epochs, **settings) as private:
         spoil(private)
         return _loop(private, wrapped, epochs, attack)
 
@@ -95,7 +96,7 @@ def under_fabric(run, settings):
     wrapped, optimizer = run.setup(model, optimizer)
     loader = DataLoader(data(64), batch_size=16 // run.world_size)
     settings = {**SETTINGS, **settings}
-    with make_private(
+    with private_loop(
         wrapped, optimizer, loader, loss=mean_loss, epochs=2, fabric=run, **settings
     ) as private:
         return _loop(private, wrapped, 2)
@@ -103,7 +104,7 @@ def under_fabric(run, settings):
 
 def _loop(private, model, epochs, attack=None):
     report = {"released": [], "rows": [], "masks": []}
-    sampler = private._private.sampler
+    sampler = fit_of(private).data.sampler
     for epoch in range(epochs):
         for step, (x, y) in enumerate(private.loader):
             x_adv = x if attack is None else attack(model, x, y)
@@ -117,7 +118,7 @@ def _loop(private, model, epochs, attack=None):
         "epsilon": private.epsilon,
         "max_grad_norm": private.max_grad_norm,
         "ledger": str(private.ledger_path.resolve()),
-        "writes": private._private.account._ledger is not None,
+        "writes": bool(fit_of(private).account.ledgers),
     }
 
 
@@ -141,7 +142,7 @@ class Watch(Callback):
             self.report["charged"] = self.private.steps
             self.report["max_grad_norm"] = self.private.max_grad_norm
             self.report["ledger"] = str(self.private.ledger_path)
-            self.report["writes"] = self.private._private.account._ledger is not None
+            self.report["writes"] = bool(fit_of(self.private).account.ledgers)
 
 
 def lightning(world, *, records=64, batch=16, epochs=2, lr=0.05, net=Net, private=True,
@@ -190,25 +191,25 @@ class SumLoss(Net):
 
 def noise_on_every_rank(private):
     """The planted mistake: each process adds noise of its own."""
-    step = private._private._step
-    step.randomness = Randomness(insecure_seed=100 + step.rank)
-    step.rank = 0
+    step = fit_of(private).step
+    shard = step.settings.shard
+    step.randomness = Randomness(insecure_seed=100 + shard.rank)
+    step.settings = dataclasses.replace(step.settings, shard=shard._replace(rank=0))
 
 
 def full_disk(private):
     """From the third step on, rank 0 has no room for the ledger."""
-    account = private._private.account
-    if account._ledger is None:
-        return
-    write = type(account._ledger)._append
+    account = fit_of(private).account
+    for ledger in account.ledgers:
+        write = type(ledger)._append
 
-    def fail(entry):
-        if account.budget.steps >= 2:
-            with mock.patch("os.write", side_effect=OSError(errno.ENOSPC, "no room")):
-                return write(account._ledger, entry)
-        return write(account._ledger, entry)
+        def fail(entry, ledger=ledger, write=write):
+            if account.budget.budget.steps >= 2:
+                with mock.patch("os.write", side_effect=OSError(errno.ENOSPC, "no room")):
+                    return write(ledger, entry)
+            return write(ledger, entry)
 
-    account._ledger._append = fail
+        ledger._append = fail
 
 
 def no_ledger_at(folder):
@@ -301,8 +302,7 @@ def under_torchrun():
     """The folder of the reports of two processes under `torch.distributed.run`, started once."""
     folder = tempfile.mkdtemp(prefix="defend-torchrun-")
     names = [name for name in CASES if not name.startswith("three")]
-    launch("torch.distributed.run", "--standalone", "--nproc_per_node=2",
-           "-m", "tests.training.programs", folder, "2", *names)  # fmt: skip
+    torchrun(2, "tests.training.programs", folder, "2", *names)
     return folder
 
 
@@ -315,19 +315,6 @@ def under_lightning():
     return folder
 
 
-def launch(*arguments):
-    """`python -m …`, with a time limit."""
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 def reports(name):
     """What each of several processes ended a case with."""
     three = name.startswith("three")
@@ -336,14 +323,11 @@ def reports(name):
 
 
 def main(folder, world, *names):
-    torch.set_num_threads(1)
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=WAIT))
-    for name in names:
-        report = run_case(name, int(world), folder)
-        rank = os.environ.get("LOCAL_RANK", "0")
-        torch.save(report, Path(folder, f"{name}-{rank}.pt"))
-    dist.destroy_process_group()
+    with process_group():
+        for name in names:
+            report = run_case(name, int(world), folder)
+            rank = os.environ.get("LOCAL_RANK", "0")
+            torch.save(report, Path(folder, f"{name}-{rank}.pt"))
 
 
 if __name__ == "__main__":

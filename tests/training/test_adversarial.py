@@ -12,10 +12,11 @@ from torch import nn
 
 from defend import PGD, InputError, Linf
 from defend.attacks.free import Free
+from defend.attacks.result import GradientCounts, rates
 from defend.batching.fields import get_field
 from defend.objectives import AWP, MART, TRADES, Madry
-from defend.training.adversarial import AdversarialSettings, AdversarialSteps
-from defend.training.tally import rates
+from defend.training.adversarial import AdversarialSteps
+from defend.training.config import Adversarial
 from tests.helpers import flat
 from tests.reference import objectives as reference
 from tests.training.adversarial_cases import ATTACK, EPS, batches, loop_of, mean_loss, net, sgd
@@ -24,7 +25,7 @@ EXACT = PGD(Linf(EPS), steps=2, random_start=False, loss="margin")
 
 
 def steps_with(attack=ATTACK, **settings):
-    return AdversarialSteps(AdversarialSettings(attack, **settings))
+    return AdversarialSteps(Adversarial(attack, **settings))
 
 
 def attacked(steps, module, batch, *, seed=0, epochs=1.0, **settings):
@@ -266,14 +267,14 @@ def test_what_an_attack_from_elsewhere_returns_is_checked():
 def test_a_copy_made_in_the_step_holds_no_batch(taken):
     steps, module = steps_with(objective=TRADES()), net()
     made = attacked(steps, module, batches(1)[0])
-    with steps.step(module, made):
+    with steps.around_forward(module, made):
         module(made.x)
         (own,) = module._forward_hooks.values()
-        assert len(own.own) == 1
+        assert len(own.logits) == 1
         (hook,) = taken(module)._forward_hooks.values()
-    assert hook.seen is None
-    assert not hook.own
-    assert own.seen is None  # afterwards
+    assert hook.inputs is None
+    assert not hook.logits
+    assert own.inputs is None  # afterwards
     assert not module._forward_hooks
 
 
@@ -287,17 +288,17 @@ def test_rates_of_useless_gradients():
     nn.init.zeros_(dead.weight)
     attacked(steps, dead, (x, y))
     attacked(steps, net(), (x, y))
-    assert steps.tally.gradients == 2 * 3 * 16
-    assert rates((8, 2, 0))["attack/zero_grad_rate"] == 0.25  # of all processes
-    assert rates(steps.tally.take()) == {
+    assert steps.counts.gradients == 2 * 3 * 16
+    assert rates(GradientCounts(8, 2, 0))["attack/zero_grad_rate"] == 0.25  # of all processes
+    assert rates(steps.take_counts()) == {
         "attack/zero_grad_rate": 0.5,
         "attack/nonfinite_grad_rate": 0.0,
     }
-    assert rates(steps.tally.take()) == {}
+    assert rates(steps.take_counts()) == {}
     nn.init.constant_(dead.weight, float("nan"))
     attacked(steps, dead, (x[:4], y[:4]))
     with pytest.warns(UserWarning, match=r"12 of 12 input gradients were not finite"):
-        assert rates(steps.tally.take())["attack/nonfinite_grad_rate"] == 1.0
+        assert rates(steps.take_counts())["attack/nonfinite_grad_rate"] == 1.0
 
 
 def test_another_attack_takes_over():
@@ -316,7 +317,7 @@ def test_a_step_that_starts_over_begins_from_the_weights_themselves():
     model, steps = net(), steps_with(objective=AWP(gamma=0.1))
     before = flat(model)
     for _ in range(2):
-        with steps.step(model, attacked(steps, model, batches(1)[0])):
+        with steps.around_forward(model, attacked(steps, model, batches(1)[0])):
             moved = flat(model)
     assert not torch.equal(moved, before)
     steps.restore_weights()

@@ -11,7 +11,8 @@ from tests.training.adversarial_cases import batches, loop_of, net, sgd
 from tests.training.adversarial_programs import CASES, alone, mlp, reports
 
 # With AWP and batch normalization each process goes by its own rows.
-ALIKE = [name for name in CASES if name not in ("plain awp", "plain batch norm")]
+TOGETHER = ("plain awp", "plain batch norm")
+ALIKE = [name for name in CASES if name not in (*TOGETHER, "not wrapped")]
 
 
 @pytest.mark.parametrize("name", ALIKE)
@@ -28,7 +29,7 @@ def test_two_processes_equal_one(name):
     assert (one["weights"] - flat(start)).abs().max() > 0.01  # not vacuous
 
 
-@pytest.mark.parametrize("name", ["plain awp", "plain batch norm"])
+@pytest.mark.parametrize("name", TOGETHER)
 def test_processes_stay_together(name):
     """Weights moved by AWP of each, and buffers that DDP writes to between two forwards."""
     first, second = reports(name)

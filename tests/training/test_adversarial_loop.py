@@ -123,7 +123,7 @@ class Seen:
 @pytest.mark.parametrize("attack", [ATTACK, FREE], ids=["pgd", "free"])
 def test_eps_grows_by_the_batch(attack):
     seen, (x, y) = Seen(), batches(1)[0]
-    loop = loop_of(net(), attack, warmup_steps=4, loss=seen)
+    loop = loop_of(net(), attack, warmup_batches=4, loss=seen)
     for _ in range(6):
         loop.step((x, y))
     sizes = [float((adv - x).abs().max()) for adv in seen.inputs]
@@ -168,7 +168,7 @@ def test_the_seed_says_all_and_the_global_rng_nothing():
 @pytest.mark.parametrize("case", ["pgd", "trades", "free"])
 def test_a_resumed_loop_goes_on_as_if_it_had_not_stopped(case):
     attack = FREE if case == "free" else ATTACK
-    settings = {"objective": TRADES()} if case == "trades" else {"warmup_steps": 5}
+    settings = {"objective": TRADES()} if case == "trades" else {"warmup_batches": 5}
     settings |= {"clean_fraction": 0.25} if case == "pgd" else {}
     straight, model = net(), net()
     loop = loop_of(straight, attack, seed=None, **settings)

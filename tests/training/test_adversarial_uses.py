@@ -9,11 +9,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from defend import PGD, InputError, Linf, evaluate
+from defend import PGD, Adversarial, InputError, Linf, evaluate, make_adversarial
 from defend.attacks.free import Free
 from defend.objectives import AWP, MART, TRADES
-from defend.training import make_adversarial
 from tests.helpers import data, flat
+from tests.loops import adversarial_loop
 from tests.reference.dpsgd import clipped_sum
 from tests.training.adversarial_cases import ATTACK, batches, loop_of, mean_loss, net
 from tests.training.loops import private
@@ -38,7 +38,7 @@ def trained(attack, train, epochs=8, **settings):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    loop = make_adversarial(model, optimizer, attack, loss=mean_loss, seed=0, **settings)
+    loop = adversarial_loop(model, optimizer, attack, loss=mean_loss, seed=0, **settings)
     order = torch.Generator().manual_seed(0)
     for _ in range(epochs):
         for batch in DataLoader(train, batch_size=128, shuffle=True, generator=order):
@@ -51,7 +51,7 @@ def test_digits_become_robust():
     judge = {"pgd": PGD(Linf(EPS), steps=20)}
     kinds = {
         "plain": trained(PGD(Linf(0.0), steps=1), train),
-        "pgd": trained(PGD(Linf(EPS), steps=5), train, warmup_steps=20),
+        "pgd": trained(PGD(Linf(EPS), steps=5), train, warmup_batches=20),
         "trades": trained(PGD(Linf(EPS), steps=5), train, objective=TRADES(3.0)),
         "free": trained(Free(Linf(EPS), replays=4), train, epochs=4),
     }
@@ -156,8 +156,7 @@ def test_what_needs_more_than_other_inputs_is_no_batch(attack, objective, name):
 
 
 REFUSED = [
-    ({"warmup_steps": -1}, r"`warmup_steps` to be an integer ≥ 0, got -1"),
-    ({"warmup_steps": 1.5}, r"`warmup_steps` to be an integer ≥ 0, got 1.5"),
+    ({"warmup_batches": -1}, r"the warm-up to be ≥ 0 and finite, got -1"),
     ({"seed": -1}, r"`seed` to be an integer ≥ 0 or None, got -1"),
     ({"seed": 0.5}, r"`seed` to be an integer ≥ 0 or None, got 0.5"),
     ({"state": {"seed": 1}}, r"a `state` that `state_dict` gave, got one of \['seed'\]"),
@@ -169,6 +168,32 @@ REFUSED = [
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         loop_of(net(), **settings)
+
+
+@pytest.mark.parametrize("loader", [None, [], iter([1])])
+def test_a_warm_up_needs_a_loader_with_a_length(loader):
+    model = net()
+    adversarial = Adversarial(ATTACK, warmup_epochs=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InputError, match="a `loader` with a length ≥ 1 for a warm-up"):
+        make_adversarial(model, optimizer, loader, loss=mean_loss, adversarial=adversarial)
+
+
+def test_the_warm_up_counts_epochs():
+    model, sizes = net(), []
+
+    def seen(module, batch):
+        sizes.append(float((batch[0] - x).abs().max()))
+        return mean_loss(module, batch)
+
+    adversarial = Adversarial(PGD(Linf(0.2), steps=1, step_size=0.2), warmup_epochs=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    epoch = batches(8)
+    loop = make_adversarial(model, optimizer, epoch, loss=seen, adversarial=adversarial)
+    for x, y in epoch:
+        loop.step((x, y))
+    assert sizes[:4] == pytest.approx([0.05, 0.1, 0.15, 0.2], abs=1e-6)
+    assert max(sizes[4:]) == pytest.approx(0.2, abs=1e-6)
 
 
 def test_a_loss_for_each_record_is_refused():

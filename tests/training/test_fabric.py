@@ -6,8 +6,8 @@ from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
 from defend import InputError, PrivacyError
-from defend.training import make_private
 from tests.helpers import data, flat
+from tests.loops import private_loop
 from tests.training.programs import SETTINGS, alone, fabric, mean_loss, mlp, plain, reports
 
 
@@ -49,7 +49,7 @@ def set_up(run):
 
 def private(model, optimizer, loader=None, **settings):
     loader = loader or DataLoader(data(64), batch_size=16)
-    return make_private(
+    return private_loop(
         model, optimizer, loader, loss=mean_loss, epochs=1, **{**SETTINGS, **settings}
     )
 

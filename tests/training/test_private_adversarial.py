@@ -5,13 +5,18 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from defend import PGD, AdversarialTraining, InputError, Linf, PrivacyError, make_private
+from defend import PGD, AdversarialTraining, InputError, Linf, PrivacyError
+from defend.attacks.attack import Attack, Perturber
 from defend.attacks.free import Free
+from defend.attacks.result import AttackResult
 from defend.attacks.torchattacks.adapter import TorchAttack
-from defend.training import AdversarialSettings
+from defend.privacy import FlatClipping
+from defend.training import Adversarial
+from defend.training.step import TrainingStep
 from tests.callbacks.test_private_objectives import ATTACK, BATCH, OBJECTIVES, fit, name
 from tests.callbacks.test_together import private as callback
 from tests.helpers import Net, data, flat
+from tests.loops import private_loop
 from tests.training.loops import assert_closed, mean_loss, net, private, sgd, some_steps
 
 
@@ -20,7 +25,7 @@ def batches():
 
 
 def settings(objective, **more):
-    return AdversarialSettings(ATTACK, objective=objective, **more)
+    return Adversarial(ATTACK, objective=objective, **more)
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -55,7 +60,7 @@ def test_the_warm_up_counts_epochs():
         return mean_loss(model, batch)
 
     real, seen = net(), []
-    adversarial = AdversarialSettings(PGD(Linf(0.2), steps=1, step_size=0.2), warmup_epochs=0.5)
+    adversarial = Adversarial(PGD(Linf(0.2), steps=1, step_size=0.2), warmup_epochs=0.5)
     with private(real, batches=batches(), loss=looking, adversarial=adversarial,
                  chunk_size=None, selftest=False) as loop:  # fmt: skip
         for batch in loop.loader:
@@ -75,13 +80,44 @@ def test_the_warm_up_counts_epochs():
 def test_refuses_what_one_clip_does_not_bound(attack, message):
     model = net()
     with pytest.raises(PrivacyError, match=message):
-        private(model, adversarial=AdversarialSettings(attack))
+        private(model, adversarial=Adversarial(attack))
+    assert_closed(model)
+
+
+class Momentum(Attack):
+    """Begins from where it ended with the batch before."""
+
+    class Carried(Perturber):
+        def perturb(self, model, x, y, *, generator=None, chunk_size="auto", eps=None):
+            self.last = x + 0.5 * getattr(self, "last", x).mean(0)
+            return AttackResult(self.last)
+
+    def begin(self):
+        return self.Carried()
+
+    def _perturb(self, model, x, y, **_):
+        return AttackResult(x)
+
+
+def test_an_attack_that_carries_something_on_is_refused_whoever_wrote_it():
+    with pytest.raises(PrivacyError, match="got Momentum: its perturbation is carried on"):
+        private(net(), adversarial=Adversarial(Momentum()))
+
+
+def test_a_rule_that_would_tell_a_statistic_without_noise_is_refused_before_the_first_step():
+    class Telling(FlatClipping):
+        def statistic(self, norms, max_grad_norm):
+            return norms.clamp(max=1.0)
+
+    model = net()
+    with pytest.raises(PrivacyError, match="released as it is"):
+        private(model, clipping=Telling())
     assert_closed(model)
 
 
 def test_a_batch_without_such_fields_is_told_so():
     with pytest.raises(InputError, match="input_key"):
-        private(net(), adversarial=AdversarialSettings(ATTACK, input_key="image"))
+        private(net(), adversarial=Adversarial(ATTACK, input_key="image"))
 
 
 def test_a_loss_that_mixes_records_is_found():
@@ -105,7 +141,7 @@ def test_after_an_error_the_weights_are_where_they_were():
         return mean_loss(module, batch)
 
     objective = OBJECTIVES[-1]
-    loop = make_private(
+    loop = private_loop(
         model, sgd(model), batches(), loss=failing, epochs=1, delta=1e-3, max_grad_norm=0.5,
         noise_multiplier=0.7, chunk_size=None, adversarial=settings(objective),
     )  # fmt: skip
@@ -123,7 +159,7 @@ def test_after_an_error_the_weights_are_where_they_were():
     "wrong", [ATTACK, OBJECTIVES[1], "pgd"], ids=["attack", "objective", "str"]
 )
 def test_anything_but_settings_is_refused(wrong):
-    with pytest.raises(InputError, match="`adversarial` to be AdversarialSettings"):
+    with pytest.raises(InputError, match="`adversarial` to be Adversarial"):
         private(net(), adversarial=wrong)
 
 
@@ -136,17 +172,17 @@ def test_closing_puts_the_weights_back(monkeypatch):
     loop.step(next(drawn))
     before = flat(model).clone()
 
-    def interrupted(self, backward):
+    def interrupted(self, loss):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(loop), "_undone_after", interrupted)
+    monkeypatch.setattr(TrainingStep, "backward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         loop.step(next(drawn))
     assert torch.equal(flat(model), before)
 
 
 def test_useless_gradients_are_counted():
-    with private(net(), adversarial=AdversarialSettings(ATTACK), selftest=False) as loop:
+    with private(net(), adversarial=Adversarial(ATTACK), selftest=False) as loop:
         assert loop.rates() == {}
         some_steps(loop, 1)
         assert loop.rates() == {"attack/zero_grad_rate": 0.0, "attack/nonfinite_grad_rate": 0.0}

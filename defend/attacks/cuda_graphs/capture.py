@@ -15,12 +15,16 @@ import torch
 
 from defend.batching.memory import free_bytes, peak_bytes
 
-_WARM_UP = 3  # runs before a capture, for the choice of kernels and their workspaces
-_KEEPS = 0.25  # of the free memory, at most: training needs the rest, and large steps gain nothing
+_WARM_UP_RUNS = 3  # runs before a capture, for the choice of kernels and their workspaces
+_MAX_SHARE_OF_FREE_MEMORY = (
+    0.25  # of the free memory, at most: training needs the rest, and large steps gain nothing
+)
 
 # One for each device: kernels' workspaces are kept for every stream that was ever used.
-_SIDES: dict[torch.device, torch.cuda.Stream] = {}
-_FAILED: list[torch.cuda.CUDAGraph] = []  # the allocator may go on asking them; they hold nothing
+_CAPTURE_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+_FAILED_GRAPHS: list[
+    torch.cuda.CUDAGraph
+] = []  # the allocator may go on asking them; they hold nothing
 
 
 def record(
@@ -42,9 +46,9 @@ def record(
         RuntimeError: if it cannot be captured, or takes too much memory to keep.
     """
     with torch.cuda.device(device), _current_stream_kept(device), _casts_not_cached():
-        if device not in _SIDES:
-            _SIDES[device] = torch.cuda.Stream(device)
-        side = _SIDES[device]
+        if device not in _CAPTURE_STREAMS:
+            _CAPTURE_STREAMS[device] = torch.cuda.Stream(device)
+        side = _CAPTURE_STREAMS[device]
         _warm_up(work, side)
         if pool is None:
             pool = torch.cuda.graph_pool_handle()
@@ -69,12 +73,12 @@ def _warm_up(work: Callable[[], object], side: torch.cuda.Stream) -> None:
     device = side.device
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
-        for _ in range(_WARM_UP - 1):
+        for _ in range(_WARM_UP_RUNS - 1):
             work()
         taken = peak_bytes(lambda: _without_waiting(work), device)
     torch.cuda.current_stream(device).wait_stream(side)
     free = free_bytes(device)
-    if taken > _KEEPS * free:
+    if taken > _MAX_SHARE_OF_FREE_MEMORY * free:
         raise RuntimeError(
             f"it would keep {taken / 2**30:.1f} of {free / 2**30:.1f} GiB of free memory"
         )
@@ -125,7 +129,7 @@ def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any, side: torch.cuda.Stream) -
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
     graph.reset()
-    _FAILED.append(graph)
+    _FAILED_GRAPHS.append(graph)
     # A capture that succeeds sets the default generator right, too.
     with (
         contextlib.suppress(RuntimeError),

@@ -1,4 +1,4 @@
-"""How a model looks from Python: what a recorded step depends on, but for the weights' values."""
+"""The signature of a model: what a captured step depends on, but for the weights' values."""
 
 import weakref
 from collections import OrderedDict
@@ -9,53 +9,55 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Look = frozenset[tuple[str, Hashable]]
+Signature = frozenset[tuple[str, Hashable]]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = frozenset({bool, int, float, str, torch.dtype})
-_NOT_LOOKED_INTO = frozenset({dict, OrderedDict, set, list, type(None)})
+_LEFT_OUT = frozenset({dict, OrderedDict, set, list, type(None)})
 
 # They run in several threads or processes.
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-def look_of(model: nn.Module, but: Collection[str] = ()) -> Look:
+def signature_of(model: nn.Module, without: Collection[str] = ()) -> Signature:
     """Modules, hooks, plain attributes and the places of tensors: name → value, as pairs.
 
-    Lists, dicts and objects of other kinds are not looked into.
+    Lists, dicts and objects of other kinds are left out.
 
     Args:
-        model: what is looked at.
-        but: names to leave out.
+        model: what is captured.
+        without: names to leave out.
     """
-    look: list[tuple[str, Hashable]] = []
+    signature: list[tuple[str, Hashable]] = []
     for prefix, module in model.named_modules():
         attributes = vars(module)
         hooks = (attributes[name] for name in _HOOKS)
-        look.append((prefix or "class", (type(module), *map(tuple, hooks))))
+        signature.append((prefix or "class", (type(module), *map(tuple, hooks))))
         for owned in (attributes, attributes["_parameters"], attributes["_buffers"]):
             for name, value in owned.items():
                 # Asked of every attribute of every module before every attack: exact types first.
                 kind = type(value)
-                if kind in _NOT_LOOKED_INTO:
+                if kind in _LEFT_OUT:
                     continue
                 if kind in _PLAIN:
-                    seen: Hashable = kind, value
+                    summary: Hashable = kind, value
                 elif kind is tuple:
-                    seen = _seen(value)
+                    summary = _summary(value)
                 elif isinstance(value, Tensor):
-                    seen = _place(value)
+                    summary = _place(value)
                 elif isinstance(value, int | float | str | Enum):
-                    seen = kind, value
+                    summary = kind, value
                 else:
                     continue
-                look.append((f"{prefix}.{name}" if prefix else name, seen))
-    return frozenset(look if not but else (pair for pair in look if pair[0] not in but))
+                signature.append((f"{prefix}.{name}" if prefix else name, summary))
+    if without:
+        signature = [pair for pair in signature if pair[0] not in without]
+    return frozenset(signature)
 
 
-def _seen(value: Any) -> Hashable:
+def _summary(value: Any) -> Hashable:
     if type(value) is tuple:
-        return tuple(map(_seen, value))
+        return tuple(map(_summary, value))
     if isinstance(value, Tensor):
         return _place(value)
     return (type(value), value) if type(value) in _PLAIN else None

@@ -4,19 +4,19 @@ import dataclasses
 import functools
 import inspect
 import math
-import random
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defend.attacks.context import no_trace
-from defend.attacks.torchattacks.image_model import StandIn, image_shape, raw_logits
+from defend.attacks.ascent import Model
+from defend.attacks.attack import Attack
+from defend.attacks.context import untouched
+from defend.attacks.result import AttackResult
+from defend.attacks.torchattacks.image_model import ImageModel, image_shape, raw_logits
 from defend.attacks.torchattacks.requirements import (
     check_box,
     check_classes,
@@ -26,6 +26,7 @@ from defend.attacks.torchattacks.requirements import (
     goes_back_again,
     needs_cpu,
 )
+from defend.attacks.torchattacks.seeding import seeded
 from defend.batching.chunks import check_chunk_size, chunk_bounds
 from defend.errors import InputError
 from defend.threat.inputs import InputSpace, check_rows
@@ -39,7 +40,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
-class TorchAttack:
+class TorchAttack(Attack):
     """An attack of torchattacks 3.3.0 (Kim 2020, arXiv 2010.01950), by name and settings.
 
         TorchAttack("AutoAttack", {"norm": "Linf", "eps": 8 / 255, "version": "standard"})
@@ -47,7 +48,7 @@ class TorchAttack:
     torchattacks alone reseeds the global RNG, un-freezes frozen BatchNorm, fills gradients of the
     weights, loses its modes when the model raises, clamps normalized inputs to [0, 1], and fails
     under `inference_mode`, on channels_last and on tables. Here each call builds the attack anew
-    around a stand-in for the model, which takes raw images in float32 and out of whose sight the
+    around a wrapper of the model, which takes raw images in float32 and out of whose sight the
     model and its weights stay; an autocast in force holds for the model, not for the attack.
 
     All attacks of `torchattacks.__all__` work, untargeted, except LGV and MultiAttack. Where
@@ -104,7 +105,7 @@ class TorchAttack:
         check_settings(self.name, self.settings, _defaults(self.name))
         check_box(self.inputs)
         try:
-            self._build(StandIn(nn.Identity(), torch.device("cpu")), self.settings)
+            self._build(ImageModel(nn.Identity(), torch.device("cpu")), self.settings)
         except Exception as error:
             raise InputError(
                 f"Expected settings that torchattacks' {self.name} takes, got "
@@ -115,6 +116,10 @@ class TorchAttack:
     def eps(self) -> float | None:
         """The radius, in raw units; None for an attack that knows none."""
         return self._resolved.get("eps")
+
+    @property
+    def radius(self) -> float | None:
+        return None if self.eps is None else float(self.eps)
 
     @property
     def couples_records(self) -> bool:
@@ -148,67 +153,69 @@ class TorchAttack:
             settings["alpha"] = now["alpha"] * eps / now["eps"]
         return dataclasses.replace(self, settings=settings)
 
-    def __call__(
+    def perturb(
         self,
-        model: Callable[..., Any],
+        model: Model,
         x: Tensor,
         y: Tensor,
         *,
         generator: torch.Generator | None = None,
-        chunk_size: int | str | None = None,
-    ) -> Tensor:
-        """Attack a batch.
+        chunk_size: int | str | None = "auto",
+        eps: float | None = None,
+    ) -> AttackResult:
+        """Attack a batch; arguments that are not explained here are those of `Attack.perturb`.
 
         Args:
-            model: a module or callable; model(x) gives logits `[N, classes]`.
-            x: clean inputs `[N, ...]`, floating point, in model units.
             y: class indices `[N]`.
             generator: seeds all random numbers of the attack; None seeds them from OS entropy.
             chunk_size: most rows to attack at once; None and "auto" mean all. Random numbers are
                 drawn chunk by chunk, so the result depends on it.
-
-        Returns:
-            x_adv, detached.
         """
+        if eps is not None:
+            return self.with_eps(eps).perturb(
+                model, x, y, generator=generator, chunk_size=chunk_size
+            )
         _check_batch(x, y)
         check_chunk_size(chunk_size)
         if len(x) == 0:
-            return x.detach().clone()
-        with _ONE_AT_A_TIME, no_trace(model, x.device), _seeded(generator, x.device):
+            return AttackResult(x.detach().clone())
+        with _ONE_AT_A_TIME, untouched(model, x.device), seeded(generator, x.device):
             # Clones made here are ordinary tensors even where x was made in inference mode.
             clean, labels = x.detach().clone(), y.detach().clone().long()
             raw = self.inputs.to_raw(clean.to(torch.promote_types(x.dtype, torch.float32)))
             self.inputs.check(raw, x.dtype)
             if self.eps == 0:  # nowhere to go, and PGDL2 would divide 0 by 0 on its way
-                return clean
+                return AttackResult(clean)
             images = raw.clamp(0, 1).float().reshape(len(x), *image_shape(x)).contiguous()
             home = torch.device("cpu") if needs_cpu(self.name, self._resolved) else x.device
             logits = raw_logits(model, clean, self.inputs)
-            stand_in = StandIn(logits, home, retain=goes_back_again(self.name))
+            image_model = ImageModel(logits, home, retain=goes_back_again(self.name))
             with torch.autocast(x.device.type, enabled=False), warnings.catch_warnings():
                 # Its own warnings, no one else's.
                 warnings.filterwarnings("ignore", module=r"torchattacks\.")
-                attack = self._build(stand_in, self._fitted(stand_in, images))
+                attack = self._build(image_model, self._fitted(image_model, images))
                 cuts = chunk_bounds(len(x), self._most_rows(chunk_size))
                 found = torch.cat([attack(images[a:b], labels[a:b]).detach() for a, b in cuts])
             found = found.to(x.device)
             _check_result(found, self.name)
-            return self._result(found, images, clean)
+            return AttackResult(self._result(found, images, clean))
+
+    _perturb = perturb  # which leaves no trace by itself
 
     @property
     def _resolved(self) -> dict[str, Any]:
         """All settings, torchattacks' defaults included."""
         return {**_defaults(self.name), **self.settings}
 
-    def _build(self, stand_in: StandIn, settings: Mapping[str, Any]) -> Any:
-        return getattr(_torchattacks(), self.name)(stand_in, **settings)
+    def _build(self, image_model: ImageModel, settings: Mapping[str, Any]) -> Any:
+        return getattr(_torchattacks(), self.name)(image_model, **settings)
 
-    def _fitted(self, stand_in: StandIn, images: Tensor) -> dict[str, Any]:
+    def _fitted(self, image_model: ImageModel, images: Tensor) -> dict[str, Any]:
         """The settings, with what follows from the model and the images."""
         check_images(self.name, self._resolved, tuple(images.shape[1:]))
         settings = dict(self.settings)
         if "n_classes" in self._resolved or self._resolved.get("loss") == "dlr":
-            classes = stand_in(images[:1]).shape[1]
+            classes = image_model(images[:1]).shape[1]
             if "n_classes" in self._resolved:
                 settings.setdefault("n_classes", min(classes, _TARGETS))
             check_classes(self.name, {**self._resolved, **settings}, classes)
@@ -233,35 +240,6 @@ class TorchAttack:
         moved = (found != images).reshape(clean.shape)
         x_adv = torch.where(moved, self.inputs.to_model(raw).to(clean.dtype), clean)
         return torch.empty_like(clean).copy_(x_adv)  # in the layout of x
-
-
-@contextmanager
-def _seeded(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
-    """The global RNGs, seeded from `generator` for a while; torch's are restored by `no_trace`.
-
-    APGD, APGDT, FAB and Square call `torch.random.manual_seed` in the middle, for every device and,
-    before CUDA has started, for when it will. That name does nothing here, so that their numbers
-    come from `generator` too and nothing is left behind where `no_trace` does not look.
-    """
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    words = torch.randint(2**32, (18,), generator=generator, device=generator.device).tolist()
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
-    reseeding = torch.random.manual_seed, torch.cuda.random.manual_seed
-    try:
-        np.random.seed(words[:8])  # noqa: NPY002
-        random.seed(sum(word << 32 * i for i, word in enumerate(words[8:16])))
-        torch.default_generator.manual_seed(words[16])
-        if device.type == "cuda":
-            torch.cuda.default_generators[device.index].manual_seed(words[17])
-        torch.random.manual_seed = lambda seed: torch.default_generator  # noqa: ARG005
-        torch.cuda.random.manual_seed = lambda seed: None  # noqa: ARG005
-        yield
-    finally:
-        torch.random.manual_seed, torch.cuda.random.manual_seed = reseeding
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        random.setstate(python_state)
 
 
 def _torchattacks() -> Any:

@@ -1,4 +1,4 @@
-"""A stand-in for the user's model, for attacks that others wrote: images in, logits out."""
+"""A wrapper of the user's model, for attacks that others wrote: images in, logits out."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from defend.errors import InputError
 from defend.threat.inputs import InputSpace
 
 
-class StandIn(nn.Module):
+class ImageModel(nn.Module):
     """What an attack gets to see of a model: raw images `[n, C, H, W]` in, float32 logits out.
 
     The model is no submodule, so that an attack's `.eval()` and `.train()` do not reach it.
@@ -49,7 +49,7 @@ class _InputGradient(torch.autograd.Function):
     """Logits that are differentiable in the images alone.
 
     CW, DeepFool and FAB call `backward()`, which would add to the `.grad` of any parameter on its
-    way: of a model that is hidden in a closure, say, whose parameters nobody could freeze.
+    way: of a model that is hidden in a closure, say, whose parameters `no_trace` cannot find.
     """
 
     @staticmethod

@@ -1,5 +1,6 @@
 """What may be spent and what was: σ for a target, steps for a budget, and the history of all."""
 
+import functools
 import hashlib
 import math
 import uuid
@@ -12,7 +13,7 @@ from defend.privacy.accounting.curve import ACCOUNTANTS, EpsilonCurve, epsilon
 from defend.privacy.accounting.history import History, Segment, extend, scheduled, total_steps
 from defend.privacy.mechanism.schedules import Schedule, factor
 
-_ENDLESS = 1000  # steps of a plan without an end whose ε is computed at a time
+_STEPS_WITHOUT_END = 1000  # of a plan without an end, whose ε is computed at a time
 
 
 class Budget:
@@ -27,8 +28,8 @@ class Budget:
         noise_schedule: step of the plan → factor on σ, or None for a constant σ.
 
     Attributes:
-        noise_multiplier: σ of the current fit, before the schedule; None until it is found.
-        sample_rate: q of the current fit; None until the data is known.
+        noise_multiplier: σ of the last fit, before the schedule; None until it is found.
+        sample_rate: q of the last fit; None until the data is known.
 
     Raises:
         InputError: for settings out of range.
@@ -50,27 +51,20 @@ class Budget:
         self.accountant = accountant
         self.noise_multiplier = noise_multiplier
         self.sample_rate: float | None = None
-        self.noise_schedule = noise_schedule
+        self.schedule = None if noise_schedule is None else _Factors(noise_schedule)
         # Each fit's steps under a name of its own, so that accounts can be united: what two of
         # them share is counted once, what only one of them knows is counted too.
-        self._fits: dict[str, History] = {}
-        self.fit = ""
+        self.fits: dict[str, History] = {}
+        self.unions = 0  # how often fits of elsewhere were taken up
         self._given_noise = noise_multiplier
         self._insecure = insecure  # this run, or one that it goes on from
         self._plan: dict[str, Any] | None = None  # what σ was found for
-        self._first = 0  # step of the plan that this fit starts at
-        self._allowed: float = 0
-        self._remaining: float = 0
-        self._taken = 0
-        self._curve: EpsilonCurve | None = None
-        self._curve_start = 0
-        self._factors: dict[int, float] = {}  # of the schedule, by step
 
     @property
     def history(self) -> History:
         """All steps ever charged, in order."""
         history: History = ()
-        for fit in self._fits.values():
+        for fit in self.fits.values():
             for segment in fit:
                 history = extend(history, segment)
         return history
@@ -90,12 +84,7 @@ class Budget:
         """Whether ε means anything: no step used a fixed seed or went without noise."""
         return not self._insecure and self.noise_multiplier != 0 and math.isfinite(self.epsilon)
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether this fit may take no further step."""
-        return self._taken >= self._allowed
-
-    def open(self, *, sample_rate: float, planned: float, done: int) -> None:
+    def open(self, *, sample_rate: float, planned: float, done: int) -> "FitBudget":
         """Fix σ and the number of steps that a fit may take.
 
         Args:
@@ -107,183 +96,99 @@ class Budget:
             InputError: if σ is to be found for a plan without an end, or none meets the target.
         """
         self.sample_rate = sample_rate
-        self._taken, self._first, self._curve = 0, done, None
-        self.fit = uuid.uuid4().hex
-        remaining = None if math.isinf(planned) else max(int(planned) - done, 0)
-        self._remaining = math.inf if remaining is None else remaining
+        remaining = math.inf if math.isinf(planned) else max(int(planned) - done, 0)
         if self._given_noise is None:
-            self._find_noise(remaining, done)
+            self.noise_multiplier, allowed = self._found_noise(remaining, done), remaining
         else:
             self.noise_multiplier = self._given_noise
-            self._find_allowance(remaining)
+            allowed = self._affordable(remaining, done)
+        return FitBudget(
+            self, self.noise_multiplier, sample_rate, first=done, remaining=remaining,
+            allowed=allowed,
+        )  # fmt: skip
 
-    def _find_allowance(self, remaining: int | None) -> None:
-        self._allowed = math.inf
-        if self.target_epsilon is not None:
-            assert self.noise_multiplier is not None
-            assert self.sample_rate is not None
-            self._allowed = affordable_steps(
-                self.target_epsilon,
-                delta=self.delta,
-                noise_multiplier=self.noise_multiplier,
-                sample_rate=self.sample_rate,
-                limit=remaining,
-                spent=self.history,
-                accountant=self.accountant,
-                schedule=self._schedule,
-                first_step=self._first,
-            )
+    def schedule_from(self, first: int) -> Schedule | None:
+        """The schedule as a fit sees it that starts at a step of the plan."""
+        schedule = self.schedule
+        return None if schedule is None else lambda step: schedule(first + step)
 
-    def _find_noise(self, remaining: int | None, done: int) -> None:
-        assert self.target_epsilon is not None
+    def _affordable(self, remaining: float, done: int) -> float:
+        """Steps that a given σ leaves."""
+        sigma, schedule = self.noise_multiplier, self.schedule_from(done)
+        if self.target_epsilon is None:
+            return math.inf
+        assert sigma is not None
         assert self.sample_rate is not None
-        if remaining is None:
+        return affordable_steps(
+            self.target_epsilon,
+            delta=self.delta,
+            noise_multiplier=(
+                sigma if schedule is None or sigma == 0 else lambda step: sigma * schedule(step)
+            ),
+            sample_rate=self.sample_rate,
+            limit=None if math.isinf(remaining) else int(remaining),
+            spent=self.history,
+            accountant=self.accountant,
+        )
+
+    def _found_noise(self, remaining: float, done: int) -> float:
+        """σ for the target."""
+        if math.isinf(remaining):
             raise InputError(
                 "Expected a plan with an end to find the noise for `target_epsilon`, got "
                 "max_epochs=-1 and max_steps=-1. Set one of them, or give `noise_multiplier` too."
             )
-        self._allowed = remaining
         if remaining == 0:
             if self._plan is not None:
-                self.noise_multiplier = self._plan["noise_multiplier"]
-            else:
-                self.noise_multiplier = self.history[-1].noise_multiplier if self.history else 0.0
-            return
+                return self._plan["noise_multiplier"]
+            return self.history[-1].noise_multiplier if self.history else 0.0
+        assert self.target_epsilon is not None
+        assert self.sample_rate is not None
+        whole = int(remaining) + done
         plan = {
             "target_epsilon": self.target_epsilon,
             "delta": self.delta,
             "accountant": self.accountant,
             "sample_rate": self.sample_rate,
-            "steps": remaining + done,
-            "schedule": self._digest_of_schedule(remaining + done),
+            "steps": whole,
+            "schedule": None if self.schedule is None else self.schedule.digest(whole),
         }
         if self._plan is not None and self._plan["for"] == plan and self.steps == done:
             # The same plan goes on after a resume, at the noise that was found for all of it.
-            self.noise_multiplier = self._plan["noise_multiplier"]
-            return
-        self.noise_multiplier = noise_multiplier_for(
+            return self._plan["noise_multiplier"]
+        sigma = noise_multiplier_for(
             self.target_epsilon,
             delta=self.delta,
             sample_rate=self.sample_rate,
-            steps=remaining,
+            steps=int(remaining),
             spent=self.history,
             accountant=self.accountant,
-            schedule=self._schedule,
-            first_step=self._first,
+            schedule=self.schedule_from(done),
         )
-        self._plan = {"for": plan, "noise_multiplier": self.noise_multiplier}
+        self._plan = {"for": plan, "noise_multiplier": sigma}
         if self.steps:
-            lost = self.steps - done
-            why = (
-                f"{lost} of them after the checkpoint or in other branches: nothing is refunded."
-                if done and lost > 0
-                else "on what the account takes for the same data; where it is not, start a new "
-                "account and ledger."
-            )
-            warnings.warn(
-                f"ε = {self.epsilon:.4g} of {self.target_epsilon} was spent by {self.steps} "
-                f"earlier steps, {why} That leaves "
-                f"noise_multiplier={self.noise_multiplier:.4g} for the rest.",
-                stacklevel=2,
-            )
+            self._tell_what_was_spent(sigma, done)
+        return sigma
 
-    @property
-    def next_noise(self) -> float:
-        """σ of the next step, after the schedule."""
-        return self._planned_noise(self.next_step)
-
-    def _planned_noise(self, step: int) -> float:
-        assert self.noise_multiplier is not None
-        return self.noise_multiplier * self._factor_at(step)
-
-    @property
-    def next_step(self) -> int:
-        """Step of the plan that comes next, those before a resume included."""
-        return self._first + self._taken
-
-    @property
-    def fit_names(self) -> set[str]:
-        """The names of all fits in the account, the one that is open included."""
-        return {*self._fits, self.fit}
-
-    @property
-    def planned_noise(self) -> set[float]:
-        """Every σ that the rest of the plan uses; of a plan without an end, that of now."""
-        left = min(self._allowed, self._remaining)
-        steps = 1 if math.isinf(left) else int(left)
-        return {self._planned_noise(self._first + i) for i in range(max(steps, 1))}
-
-    def check(self) -> None:
-        """Raise a `BudgetError` if a further step would exceed the target."""
-        if self.exhausted:
-            raise BudgetError(
-                f"Expected to stop at ε = {self.target_epsilon}, got a further step after "
-                f"{self.steps}, beyond it or beyond the plan. Stop there: a loop of your own ends "
-                "when `exhausted`, a Trainer without min_epochs and min_steps; or raise "
-                "target_epsilon."
-            )
-
-    def _digest_of_schedule(self, steps: int) -> str | None:
-        """Tells one schedule from another by what it gives."""
-        if self.noise_schedule is None:
-            return None
-        factors = ",".join(repr(self._factor_at(step)) for step in range(steps))
-        return hashlib.sha256(factors.encode()).hexdigest()
-
-    def charge(self, noise_multiplier: float | None = None) -> int:
-        """Count a step; to be called before it is released. Returns its number in the plan.
-
-        Args:
-            noise_multiplier: σ that the step is taken with; None: what the schedule says.
-
-        Raises:
-            BudgetError: if the step would exceed the target; it is not counted then.
-        """
-        self.check()
-        assert self.sample_rate is not None
-        number = self.next_step
-        sigma = self.next_noise if noise_multiplier is None else noise_multiplier
-        step = Segment(sigma, self.sample_rate, 1)
-        self._fits[self.fit] = extend(self._fits.get(self.fit, ()), step)
-        self._taken += 1
-        return number
-
-    def epsilon_now(self) -> float:
-        """ε spent so far, or a tight upper bound on it, at the cost of a lookup.
-
-        The curve over all steps of the plan is computed once (`EpsilonCurve`).
-        """
-        since = self._taken - self._curve_start
-        if self._curve is None or since > self._curve.steps:
-            self._curve_start, since = self._taken, 0
-            left = min(self._allowed, self._remaining) - self._taken
-            ahead = _ENDLESS if math.isinf(left) else max(int(left), 0)
-            plan = scheduled(
-                self.noise_multiplier or 0.0,
-                self.sample_rate or 0.0,
-                ahead,
-                self._schedule,
-                first_step=self.next_step,
-            )
-            self._curve = EpsilonCurve(plan, self.delta, self.accountant, spent=self.history)
-        return self._curve(since)
-
-    def _factor_at(self, step: int) -> float:
-        """The schedule's factor; asked once a step, as a function need not answer alike twice."""
-        if self.noise_schedule is None:
-            return 1.0
-        if step not in self._factors:
-            self._factors[step] = factor(self.noise_schedule, step)
-        return self._factors[step]
-
-    @property
-    def _schedule(self) -> Schedule | None:
-        return None if self.noise_schedule is None else self._factor_at
+    def _tell_what_was_spent(self, sigma: float, done: int) -> None:
+        lost = self.steps - done
+        why = (
+            f"{lost} of them after the checkpoint or in other branches: nothing is refunded."
+            if done and lost > 0
+            else "on what the account takes for the same data; where it is not, start a new "
+            "account and ledger."
+        )
+        warnings.warn(
+            f"ε = {self.epsilon:.4g} of {self.target_epsilon} was spent by {self.steps} "
+            f"earlier steps, {why} That leaves "
+            f"noise_multiplier={sigma:.4g} for the rest.",
+            stacklevel=4,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The account as plain data; holds no secret."""
         return {
-            "fits": {name: [list(s) for s in fit] for name, fit in self._fits.items()},
+            "fits": {name: [list(s) for s in fit] for name, fit in self.fits.items()},
             "plan": self._plan,
             "insecure": self._insecure,
         }
@@ -300,11 +205,136 @@ class Budget:
     def unite(self, fits: dict[str, History], *, insecure: bool) -> None:
         """Take up fits by name, as a ledger or another account knows them."""
         merged = {
-            name: max(fit, self._fits.get(name, ()), key=total_steps) for name, fit in fits.items()
+            name: max(fit, self.fits.get(name, ()), key=total_steps) for name, fit in fits.items()
         }
-        self._fits = {**merged, **{n: f for n, f in self._fits.items() if n not in merged}}
+        self.fits = {**merged, **{n: f for n, f in self.fits.items() if n not in merged}}
         self._insecure |= insecure
-        self._curve = None
+        self.unions += 1
+
+
+class FitBudget:
+    """What one fit may spend: σ, q, and the steps that are allowed. `Budget.open` makes it.
+
+    Attributes:
+        budget: the account that it charges.
+        name: of this fit in the account.
+        noise_multiplier: σ, before the schedule.
+        sample_rate: q.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        noise_multiplier: float,
+        sample_rate: float,
+        *,
+        first: int,
+        remaining: float,
+        allowed: float,
+    ) -> None:
+        self.budget, self.name = budget, uuid.uuid4().hex
+        self.noise_multiplier, self.sample_rate = noise_multiplier, sample_rate
+        self._first = first  # step of the plan that this fit starts at
+        self._remaining, self._allowed = remaining, allowed
+        self._taken = 0
+
+    @property
+    def next_step(self) -> int:
+        """Step of the plan that comes next, those before a resume included."""
+        return self._first + self._taken
+
+    @property
+    def next_noise(self) -> float:
+        """σ of the next step, after the schedule."""
+        return self._planned_noise(self.next_step)
+
+    def _planned_noise(self, step: int) -> float:
+        schedule = self.budget.schedule
+        return self.noise_multiplier * (1.0 if schedule is None else schedule(step))
+
+    @property
+    def planned_noise(self) -> set[float]:
+        """Every σ that the rest of the plan uses; of a plan without an end, that of now."""
+        left = min(self._allowed, self._remaining)
+        steps = 1 if math.isinf(left) else int(left)
+        return {self._planned_noise(self._first + i) for i in range(max(steps, 1))}
+
+    @property
+    def names(self) -> set[str]:
+        """The names of all fits in the account, this one included."""
+        return {*self.budget.fits, self.name}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether this fit may take no further step."""
+        return self._taken >= self._allowed
+
+    def check(self) -> None:
+        """Raise a `BudgetError` if a further step would exceed the target."""
+        if self.exhausted:
+            raise BudgetError(
+                f"Expected to stop at ε = {self.budget.target_epsilon}, got a further step after "
+                f"{self.budget.steps}, beyond it or beyond the plan. Stop there: a loop of your "
+                "own ends when `exhausted`, a Trainer without min_epochs and min_steps; or raise "
+                "target_epsilon."
+            )
+
+    def charge(self, noise_multiplier: float | None = None) -> int:
+        """Count a step; to be called before it is released. Returns its number in the plan.
+
+        Args:
+            noise_multiplier: σ that the step is taken with; None: what the schedule says.
+
+        Raises:
+            BudgetError: if the step would exceed the target; it is not counted then.
+        """
+        self.check()
+        number, fits = self.next_step, self.budget.fits
+        sigma = self.next_noise if noise_multiplier is None else noise_multiplier
+        fits[self.name] = extend(fits.get(self.name, ()), Segment(sigma, self.sample_rate, 1))
+        self._taken += 1
+        return number
+
+    def epsilon_now(self) -> float:
+        """ε spent so far, or a tight upper bound on it, at the cost of a lookup.
+
+        The curve over all steps of the plan is computed once (`EpsilonCurve`).
+        """
+        start, unions, curve = self._curve
+        if unions != self.budget.unions or self._taken - start > curve.steps:
+            del self._curve
+            start, _, curve = self._curve
+        return curve(self._taken - start)
+
+    @functools.cached_property
+    def _curve(self) -> tuple[int, int, EpsilonCurve]:
+        """Where a curve starts, how many unions it knows of, and the curve, from now on."""
+        left = min(self._allowed, self._remaining) - self._taken
+        ahead = _STEPS_WITHOUT_END if math.isinf(left) else max(int(left), 0)
+        budget = self.budget
+        plan = scheduled(
+            self.noise_multiplier, self.sample_rate, ahead, budget.schedule_from(self.next_step)
+        )
+        curve = EpsilonCurve(plan, budget.delta, budget.accountant, spent=budget.history)
+        return self._taken, budget.unions, curve
+
+
+class _Factors:
+    """A schedule that is asked once a step, as a function need not answer alike twice."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._known: dict[int, float] = {}
+
+    def __call__(self, step: int) -> float:
+        if step not in self._known:
+            self._known[step] = factor(self._schedule, step)
+        return self._known[step]
+
+    def digest(self, steps: int) -> str:
+        """Tells one schedule from another by what it gives."""
+        factors = ",".join(repr(self(step)) for step in range(steps))
+        return hashlib.sha256(factors.encode()).hexdigest()
 
 
 def _check_settings(

@@ -7,9 +7,9 @@ from defend.errors import InputError
 from defend.privacy.accounting.curve import epsilon
 from defend.privacy.accounting.history import Segment, scheduled
 
-_MOST_NOISE = 1e4
-_LEAST_NOISE = 0.1  # nobody wants less
-_MOST_STEPS = 2**24
+_LARGEST_NOISE = 1e4
+_SMALLEST_NOISE = 0.1  # below it ε grows beyond any use
+_STEPS_WITHOUT_END = 2**24  # a budget for more of them is taken for one that never ends
 _PRECISION = 1e-3  # relative, of σ; never at the expense of the target
 
 
@@ -22,7 +22,6 @@ def noise_multiplier_for(
     spent: Iterable[Segment] = (),
     accountant: str = "prv",
     schedule: Callable[[int], float] | None = None,
-    first_step: int = 0,
 ) -> float:
     """The smallest σ (to 0.3%, rounded up) whose `steps` steps, after `spent`, stay within budget.
 
@@ -33,8 +32,7 @@ def noise_multiplier_for(
         steps: steps still to take, ≥ 1.
         spent: what was run before on the same data.
         accountant: "prv" or "rdp".
-        schedule: step → factor on σ; None for a constant σ.
-        first_step: the step of the plan at which the schedule goes on.
+        schedule: number of a step still to take, from 0 → factor on σ; None for a constant σ.
 
     Returns:
         σ, before the schedule, with epsilon(spent + steps at σ) ≤ target_epsilon.
@@ -46,7 +44,7 @@ def noise_multiplier_for(
     if not target_epsilon > 0:
         raise InputError(f"Expected `target_epsilon` to be > 0, got {target_epsilon}.")
     spent = tuple(spent)
-    factors = scheduled(1.0, sample_rate, steps, schedule, first_step)
+    factors = scheduled(1.0, sample_rate, steps, schedule)
 
     def spends(sigma: float, machine: str = accountant) -> float:
         plan = (segment._replace(noise_multiplier=sigma * segment[0]) for segment in factors)
@@ -88,7 +86,7 @@ def _secant(
         if -_PRECISION < further <= 0:
             return sigma
         nearer = sigma * math.exp(further + _PRECISION / 3)
-        if not _LEAST_NOISE < nearer < _MOST_NOISE or nearer == sigma:
+        if not _SMALLEST_NOISE < nearer < _LARGEST_NOISE or nearer == sigma:
             return None
         before, spend = spend, spends(nearer)
         if spend > 0:
@@ -104,12 +102,12 @@ def _smallest(excess: Callable[[float], float], *, start: float, growth: float) 
     high = start
     while excess(high) > 0:
         high *= growth
-        if high > _MOST_NOISE:
+        if high > _LARGEST_NOISE:
             return None
     low = high
     while excess(low) <= 0:
         high, low = low, low / growth
-        if low < _LEAST_NOISE:
+        if low < _SMALLEST_NOISE:
             return high
     root = brentq(excess, low, high, xtol=_PRECISION * low, rtol=_PRECISION)
     sigma = root * (1 + _PRECISION)
@@ -122,26 +120,22 @@ def affordable_steps(
     target_epsilon: float,
     *,
     delta: float,
-    noise_multiplier: float,
+    noise_multiplier: float | Callable[[int], float],
     sample_rate: float,
     limit: int | None = None,
     spent: Iterable[Segment] = (),
     accountant: str = "prv",
-    schedule: Callable[[int], float] | None = None,
-    first_step: int = 0,
 ) -> int:
     """How many more steps at (σ, q) stay within `target_epsilon`, up to `limit`.
 
     Args:
         target_epsilon: ε that must not be exceeded.
         delta: δ in (0, 1).
-        noise_multiplier: σ ≥ 0, before the schedule.
+        noise_multiplier: σ ≥ 0; or number of a step still to take, from 0 → σ > 0.
         sample_rate: q in (0, 1].
         limit: the answer is not sought beyond this; None doubles until the budget is spent.
         spent: what was run before on the same data.
         accountant: "prv" or "rdp".
-        schedule: step → factor on σ; None for a constant σ.
-        first_step: the step of the plan at which the schedule goes on.
 
     Returns:
         The largest n ≤ limit with epsilon(spent + n steps) ≤ target_epsilon; 0 if there is none.
@@ -152,7 +146,10 @@ def affordable_steps(
     spent = tuple(spent)
 
     def excess(n: int) -> float:
-        plan = scheduled(noise_multiplier, sample_rate, n, schedule, first_step)
+        if callable(noise_multiplier):
+            plan = scheduled(1.0, sample_rate, n, noise_multiplier)
+        else:
+            plan = scheduled(noise_multiplier, sample_rate, n)
         history = (*spent, *plan)
         # RDP is cheaper by far, and enough where it is within the target.
         rough = epsilon(history, delta, "rdp") - target_epsilon
@@ -164,10 +161,10 @@ def affordable_steps(
         limit = 1
         while excess(limit) <= 0:
             limit *= 2
-            if limit > _MOST_STEPS:
+            if limit > _STEPS_WITHOUT_END:
                 raise InputError(
-                    f"Expected a plan with an end, got none and a budget for over {_MOST_STEPS} "
-                    "steps. Set max_steps or max_epochs."
+                    "Expected a plan with an end, got none and a budget for over "
+                    f"{_STEPS_WITHOUT_END} steps. Set max_steps or max_epochs."
                 )
     elif excess(limit) <= 0:
         return limit

@@ -83,7 +83,7 @@ def _prv(levels: Sequence[Level], counts: Array, delta: float) -> list[float]:
         return unbounded
     divergences = np.array([renyi(*level) for level in levels])
     bounds: list[float] = []
-    low = -1.0  # ε < 0 is no news
+    low = -1.0  # where the search begins: every ε is above
     products = _products(np.array(spectra), counts, cells)
     for row, rest, product in zip(counts, left, products, strict=True):
         if rest < delta / 2:

@@ -1,4 +1,4 @@
-"""Random numbers held still, so that a record's gradient can be compared across batches."""
+"""Random numbers held constant, so that a record's gradient can be compared across batches."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class StillRandomness(TorchDispatchMode):
+class ConstantRandomness(TorchDispatchMode):
     """Inside, each random tensor is filled with one constant.
 
     A dropout mask is drawn by position, so a record alone and the same record in a batch get

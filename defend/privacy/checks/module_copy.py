@@ -13,7 +13,7 @@ from defend.errors import PrivacyError
 from defend.privacy.gradients.per_record import PerRecordGradients
 
 
-def copy_for_probe(module: nn.Module, share: Sequence[Any] = ()) -> nn.Module:
+def copy_of_module(module: nn.Module, share: Sequence[Any] = ()) -> nn.Module:
     """A deep copy of `module` in the same modes.
 
     Data sets and loaders on it, which may be large, are shared with the original, and so are our

@@ -186,7 +186,7 @@ REFUSALS = (
     Refusal(
         "callbacks",
         "no callback that steps, sums or rewires behind the mechanism",
-        lambda s: setups.some(c.__name__ for c in s.callbacks if setups.is_spoiler(c)),
+        lambda s: setups.some(c.__name__ for c in s.callbacks if setups.is_incompatible(c)),
         "LearningRateFinder and BatchSizeFinder take raw steps on the data, others change "
         "gradients or trainable parameters midway. Remove it; tune on public data.",
     ),

@@ -1,4 +1,4 @@
-"""One probe of the user's own step before the first real one: is a record's gradient its own?
+"""A test of the user's own step before the first real one: is a record's gradient its own?
 
 Structure can be refused by looking at it (`preconditions`); what a forward or a loss *does* cannot.
 So the step is tried, on a copy of the module and a few records:
@@ -14,29 +14,31 @@ So the step is tried, on a copy of the module and a few records:
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from defend.errors import InputError, PrivacyError
+from defend.privacy.checks.comparisons import Comparisons
 from defend.privacy.checks.constant_randomness import seeded
-from defend.privacy.checks.module_copy import copy_for_probe
-from defend.privacy.checks.probed_step import Anew, Attack, Backward, Loss, ProbedStep
+from defend.privacy.checks.module_copy import copy_of_module
+from defend.privacy.checks.step_on_copy import StepOnCopy
+from defend.privacy.checks.step_under_test import StepUnderTest
 
 RECORDS = 7  # six in the batch, one to take another's place
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What the probe found.
+    """What the self-test found.
 
     Attributes:
         findings: one sentence for each break, with its cure; empty when there is none.
         largest_move: how far leaving one record out moved the clipped sum, in units of C. Computed
             from the data without noise: look at it, but do not publish it.
-        seconds: how long the probe took.
+        seconds: how long it took.
     """
 
     findings: tuple[str, ...]
@@ -59,36 +61,20 @@ class SelfTest:
 def selftest(
     module: nn.Module,
     records: Sequence[Any],
+    step: StepUnderTest,
     *,
-    loss: Loss,
-    collate: Callable[[list[Any]], Any],
-    attack: Attack | None = None,
-    attack_anew: Anew | None = None,
-    backward: Backward = Tensor.backward,
     max_grad_norm: float = 1.0,
-    views: int = 1,
-    half: bool = False,
     rows: int | None = None,
     turn: int = 0,
-    share: Sequence[Any] = (),
 ) -> SelfTest:
     """Try the step on a copy of `module` and report whatever breaks the guarantee.
 
     Args:
         module: the model, in the modes that it trains in. Neither it nor its state is changed.
         records: at least 3 items of the data set, best 7, different in content and label.
-        loss: (module, batch) → the mean loss over the rows of the batch, as training computes it.
-        collate: items → batch, on the right device.
-        attack: (module, batch) → adversarial batch, or None. It must draw the same numbers at each
-            call.
-        attack_anew: (module, batch, number) → the same attack from other secret numbers, those of
-            `number`, to see whether it uses them.
-        backward: takes what comes from `loss` through its backward; for a loss that moves the
-            weights until then, and has to put them back.
+            `step.collate` makes `step.views` rows of each.
+        step: what training does with a batch.
         max_grad_norm: C.
-        views: rows that `collate` makes of each item, next to each other.
-        half: whether the step computes in half precision (autocast), which rounds more.
-        share: objects that the module may refer to and that are not to be copied with it.
         rows: rows of an ordinary batch, views included; the records are repeated up to it in one
             more comparison with a record alone, since a step may do with many rows what it cannot
             do with six.
@@ -106,18 +92,19 @@ def selftest(
     start = time.perf_counter()
     if len(records) < 3:
         raise InputError(f"Expected at least 3 records for the self-test, got {len(records)}.")
-    probe = ProbedStep(
-        copy_for_probe(module, share),
-        list(records),
-        loss,
-        collate,
-        attack,
-        attack_anew,
-        backward,
-        max_grad_norm,
-        views,
-        half,
-    )
-    with seeded(0, probe.devices):
-        findings, largest = probe.run(rows) if turn == 0 else (probe.look_again(turn), 0.0)
-    return SelfTest(tuple(findings), largest, time.perf_counter() - start)
+    step.on_look(turn)
+    copy = StepOnCopy(copy_of_module(module, step.share), step)
+    comparisons = Comparisons(copy, list(records), max_grad_norm)
+    findings: tuple[str, ...] = ()
+    largest = 0.0
+    try:
+        with seeded(0, copy.devices):
+            if turn == 0:
+                largest = comparisons.all_parts(rows)
+            else:
+                comparisons.later_parts(turn)
+    except PrivacyError as error:  # ours, or what reading the gradients found by itself
+        findings = (str(error),)
+    finally:
+        copy.remove()
+    return SelfTest(findings, largest, time.perf_counter() - start)

@@ -180,7 +180,7 @@ def several_closures(setup: Setup) -> str | None:
 
 STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}
 PRECISIONS = {"32-true", "32", 32, "64-true", "64", 64, "bf16-mixed"}
-_SPOILERS = {
+_INCOMPATIBLE_CALLBACKS = {
     "LearningRateFinder",
     "BatchSizeFinder",
     "GradientAccumulationScheduler",
@@ -191,9 +191,9 @@ _SPOILERS = {
 }
 
 
-def is_spoiler(callback: type) -> bool:
-    """Whether it is one of the callbacks that spoil a private run, or derived from one."""
-    return any(base.__name__ in _SPOILERS for base in callback.__mro__)
+def is_incompatible(callback: type) -> bool:
+    """Whether a callback, or what it derives from, cannot be part of a private run."""
+    return any(base.__name__ in _INCOMPATIBLE_CALLBACKS for base in callback.__mro__)
 
 
 def _is_plain_loader(loader: Any) -> bool:

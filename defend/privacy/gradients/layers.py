@@ -4,12 +4,16 @@ With xᵢ the input row of record i, f the layer and bᵢ the gradient of the lo
 
     gᵢ = ∂⟨f(θ, xᵢ), bᵢ⟩ / ∂θ
 
-Layers that Opacus has a formula for use it (`opacus.grad_sample`), where the formula is right for
-the layer's settings. All others are computed by `torch.func`, record by record in one batch: that
-is right for any layer that treats rows alone, children included.
+A kind of layer has its rule here, registered by `@rule(kind)`, or Opacus' formula
+(`opacus.grad_sample`). A rule serves a layer only where it is right for the layer's settings. All
+others are computed by `torch.func`, record by record in one batch: that is right for any layer that
+treats rows alone, children included, and slower.
+
+To add the rule of a layer, write a function beside `_embedding_bag` below, and put the layer into
+`tests/privacy/gradients/layer_table.py`, which compares it with each record alone.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,12 +26,45 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from defend.errors import PrivacyError
 
 Gradients = dict[Tensor, Tensor]  # by parameter
+Rule = Callable[[Any, tuple[Any, ...], Mapping[str, Any], Tensor], Gradients | None]
+"""(layer, args, kwargs, b) → gᵢ, or None for a call that the rule does not cover."""
+
+_RULES: dict[type[nn.Module], tuple[Rule, Callable[[Any], bool] | None]] = {}
+
+
+def rule(
+    *kinds: type[nn.Module], where: Callable[[Any], bool] | None = None
+) -> Callable[[Rule], Rule]:
+    """Register a function as the rule for layers of exactly these types.
+
+    Args:
+        kinds: types of layers; a subclass is another type.
+        where: which layers of these types it is right for; None for all.
+    """
+
+    def register(function: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(kinds, (function, where)))
+        return function
+
+    return register
+
+
+def rule_of(layer: nn.Module) -> Rule | None:
+    """The rule that is right for this very layer; None where `torch.func` has to serve."""
+    from opacus.grad_sample import GradSampleHooks
+
+    if "forward" in vars(layer):  # replaced on the instance
+        return None
+    if type(layer) in _RULES:
+        function, where = _RULES[type(layer)]
+        return function if where is None or where(layer) else None
+    return _opacus if type(layer) in GradSampleHooks.GRAD_SAMPLERS else None
 
 
 def trainable_layers(module: nn.Module) -> list[nn.Module]:
     """The modules to watch: each that has trainable parameters of its own.
 
-    What lies below a module without a formula is part of it, and not listed again.
+    What lies below a module without a rule is part of it, and not listed again.
 
     Raises:
         PrivacyError: for layers whose per-record gradients cannot be had.
@@ -35,7 +72,7 @@ def trainable_layers(module: nn.Module) -> list[nn.Module]:
     for m in module.modules():
         _refuse_positions_first(m)
     found = list(_walk(module))
-    inside = {c for m in found if not has_formula(m) for c in m.modules() if c is not m}
+    inside = {c for m in found if rule_of(m) is None for c in m.modules() if c is not m}
     layers = [m for m in dict.fromkeys(found) if m not in inside]
     for m in layers:
         if next(m.buffers(), None) is not None:
@@ -54,7 +91,7 @@ def _walk(module: nn.Module) -> Iterator[nn.Module]:
     if own or is_parametrized(module):
         if any(p.requires_grad for p in module.parameters()):
             yield module
-        if not has_formula(module):
+        if rule_of(module) is None:
             return
     for child in module.children():
         yield from _walk(child)
@@ -74,19 +111,6 @@ def _refuse_positions_first(module: nn.Module) -> None:
             "Expected layers whose per-record gradients can be computed, got "
             "DPMultiheadAttention with add_bias_kv=True. Set add_bias_kv=False."
         )
-
-
-def has_formula(module: nn.Module) -> bool:
-    """Whether Opacus' formula for this type is right for this very layer."""
-    from opacus.grad_sample import GradSampleHooks
-
-    if "forward" in vars(module):  # replaced on the instance
-        return False
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.padding_mode != "zeros":
-        return False
-    if type(module) is nn.LayerNorm and module.bias is None:
-        return False
-    return type(module) in GradSampleHooks.GRAD_SAMPLERS
 
 
 def takes_packed(module: nn.Module) -> bool:
@@ -118,21 +142,12 @@ def gradients_of(
     Raises:
         PrivacyError: if the gradients of the rows cannot be told apart.
     """
-    from opacus.grad_sample import GradSampleHooks
-
     try:
-        if type(module) is nn.EmbeddingBag:
-            return _embedding_bag(module, *args, gradient=gradient, **kwargs)
-        if has_formula(module) and len(args) == 1 and not kwargs and _fits(args[0], gradient):
-            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-                formula = GradSampleHooks.GRAD_SAMPLERS[type(module)]
-                # Opacus' formulas for convolutions assume contiguous tensors.
-                inputs = [args[0].contiguous()]
-                found: Gradients = formula(module, inputs, gradient.contiguous())
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                found[module.weight][:, module.padding_idx] = 0  # as autograd does
-            return found
-        return _by_row(module, args, kwargs, gradient, place, autocast or nullcontext())
+        known = rule_of(module)
+        found = None if known is None else known(module, args, kwargs, gradient)
+        if found is None:
+            return _by_row(module, args, kwargs, gradient, place, autocast or nullcontext())
+        return found
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
@@ -207,7 +222,35 @@ def _by_row(
     return {p: found[n] for n, p in parameters.items()}
 
 
+@rule(nn.LayerNorm, where=lambda layer: layer.bias is not None)
+@rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, where=lambda layer: layer.padding_mode == "zeros")
+def _opacus(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], gradient: Tensor
+) -> Gradients | None:
+    """Opacus' formula, for a call on one tensor with a row for each row of the output."""
+    from opacus.grad_sample import GradSampleHooks
+
+    if len(args) != 1 or kwargs or not _fits(args[0], gradient):
+        return None
+    with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+        formula = GradSampleHooks.GRAD_SAMPLERS[type(module)]
+        # Opacus' formulas for convolutions assume contiguous tensors.
+        inputs = [args[0].contiguous()]
+        found: Gradients = formula(module, inputs, gradient.contiguous())
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        found[module.weight][:, module.padding_idx] = 0  # as autograd does
+    return found
+
+
+@rule(nn.EmbeddingBag)
 def _embedding_bag(
+    module: nn.EmbeddingBag, args: tuple[Any, ...], kwargs: Mapping[str, Any], gradient: Tensor
+) -> Gradients:
+    """`_of_bags`, with inputs by place or by name, as the layer itself takes them."""
+    return _of_bags(module, *args, gradient=gradient, **kwargs)
+
+
+def _of_bags(
     module: nn.EmbeddingBag,
     input: Tensor,
     offsets: Tensor | None = None,

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from defend.errors import PrivacyError
+from defend.privacy.gradients.engine import GradientEngine
 from defend.privacy.gradients.hooks import Call, LayerCalls
-from defend.privacy.gradients.layers import gradients_of, has_formula
+from defend.privacy.gradients.layers import gradients_of, rule_of
+from defend.privacy.gradients.sums import per_record_norms, weighted_sum
 
 
-class PerRecordGradients:
-    """Hooks that collect gᵢ, the gradient of record i's loss, for every trainable parameter.
+class PerRecordGradients(GradientEngine):
+    """The engine that holds gᵢ, the gradient of record i's loss, for every trainable parameter.
 
     *Guarantee.* Row i of a gradient comes from row i of what each layer was given and got back. A
     model that reorders or mixes rows between layers breaks this without a trace in shapes or sums;
@@ -30,8 +32,8 @@ class PerRecordGradients:
         module: the module to watch; hooks are installed at once.
         views: rows of a record, K ≥ 1.
         loss_reduction: whether backward starts from the "mean" over the rows or from their "sum".
-            Prefer "sum" in half precision: the division by the rows rounds every gradient anew
-            when one record is left out, and all of them then move a little.
+            Prefer "sum" in half precision: the division by the rows rounds every gradient
+            another way when one record is left out, and all of them then move a little.
 
     Raises:
         PrivacyError: for layers whose per-record gradients cannot be had.
@@ -44,13 +46,13 @@ class PerRecordGradients:
         views: int = 1,
         loss_reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
-        self.module = module
         self.views = views
         self.loss_reduction = loss_reduction
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self._names: dict[Tensor, str] = {p: n for n, p in self.parameters.items()}
+        self._trained: set[Tensor] = set(self.parameters.values())
         self._checked: set[tuple[str, int | None]] = set()
         self._gradients: dict[Tensor, Tensor] = {}
+        self._measured: tuple[list[Tensor], Tensor] | None = None  # gradients and their norms
         self._by_formula: set[Tensor] = set()
         self._other_rows: dict[Tensor, int] = {}
         self._repeated: set[Tensor] = set()
@@ -58,7 +60,7 @@ class PerRecordGradients:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled module takes its hooks along, but no record's gradient."""
-        return {**vars(self), "_gradients": {}}
+        return {**vars(self), "_gradients": {}, "_measured": None}
 
     def expect(self, rows: int) -> None:
         """Announce the next batch, before its forward.
@@ -118,11 +120,24 @@ class PerRecordGradients:
             for g, p in zip(gradients, self.parameters.values(), strict=True)
         ]
 
+    def norms(self, rows: int, *, grouped: bool) -> Tensor:
+        """‖gᵢ‖₂ of each record, after all checks of `read`."""
+        gradients = self.read(rows)
+        norms = per_record_norms(gradients, grouped=grouped)
+        self._measured = gradients, norms
+        return norms
+
+    def weighted_sum(self, factors: Tensor) -> list[Tensor]:
+        """Σᵢ fᵢ gᵢ of the gradients whose norms were asked for last."""
+        assert self._measured is not None, "norms come before their sum"
+        return weighted_sum(*self._measured, factors)
+
     def clear(self) -> None:
         """Forget all gradients, per record and summed, and how many rows were expected."""
         for parameter in self.parameters.values():
             parameter.grad = None
         self._gradients.clear()
+        self._measured = None
         self._by_formula.clear()
         self._other_rows.clear()
         self._repeated.clear()
@@ -147,10 +162,10 @@ class PerRecordGradients:
             place=call.place,
             autocast=call.autocast,
         )
-        if has_formula(call.module):
+        if rule_of(call.module) is not None:
             self._by_formula.update(found)
         for parameter, gradient in found.items():
-            if parameter not in self._names:
+            if parameter not in self._trained:
                 continue
             if call.order is not None:
                 of_records = gradient.new_zeros((call.rows, *parameter.shape))

@@ -1,53 +1,87 @@
 """Ways to clip: one norm for the whole gradient, one for each parameter, or one that is learned.
 
-Each keeps the L2 sensitivity of what is released at C, so the accounting is the same for all.
+A rule maps the norms of records to the factors that their gradients are multiplied by, and knows
+neither the gradients nor how their norms were found. Each keeps the L2 sensitivity of what is
+released at C, so the accounting is the same for all.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from defend.errors import InputError
-from defend.privacy.mechanism.gaussian import (
-    clip_and_sum,
-    clip_factors,
-    per_record_norms,
-    scale_and_sum,
-)
+from defend.errors import InputError, PrivacyError
+from defend.privacy.mechanism.gaussian import clip_factors
 
 
 class Clipping(ABC):
-    """How records are clipped: one of the three classes below.
+    """How records are clipped: one of the three classes below, or a rule of one's own.
 
-    Not a union of them: a command line that builds its arguments from YAML would take the first
-    class that fits and forget which one was asked for.
+    A rule gives `factors`; one that releases a `statistic` beside the gradient also says how it is
+    noised (`noise`), and what becomes of C (`learns`, `update`).
+
+    Not a union of the three: a command line that builds its arguments from YAML would take the
+    first class that fits and forget which one was asked for.
+
+    Attributes:
+        grouped: whether the rule looks at one norm a parameter, instead of one over all.
+        learns: whether C moves with what is released.
     """
 
+    grouped: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
+
     @abstractmethod
-    def clip(
-        self, gradients: Sequence[Tensor], max_grad_norm: float, weights: Tensor | None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """The clipped sums of one chunk, and a count to release beside them, or None.
+    def factors(self, norms: Tensor, max_grad_norm: float) -> Tensor:
+        """What each gradient is multiplied by, so that one record moves the sum by at most C.
 
         Args:
-            gradients: one tensor `[N, *parameter.shape]` for each parameter.
-            max_grad_norm: C > 0; one record moves the sums, taken together, by at most C.
-            weights: 1 for a record and 0 for padding, shape `[N]`; None means all 1.
+            norms: ‖gᵢ‖, shape `[N]`; `[N, parameters]` where `grouped`.
+            max_grad_norm: C > 0.
+
+        Returns:
+            Factors in the shape of `norms`; 0 where a norm is not finite.
         """
+
+    def statistic(self, norms: Tensor, max_grad_norm: float) -> Tensor | None:
+        """A number for each record, `[N]`; its noised sum is released beside the gradient.
+
+        One record moves the sum by at most the largest number in size: `noise` has to cover it.
+        """
+        return None
+
+    def noise(self, noise_multiplier: float, expected_batch_size: float) -> tuple[float, float]:
+        """The noise of the gradient and of the statistic, which together cost what σ costs.
+
+        Args:
+            noise_multiplier: σ ≥ 0, which the step is charged for.
+            expected_batch_size: q · N.
+
+        Returns:
+            The gradient's noise multiplier, and the standard deviation of the statistic's noise.
+
+        Raises:
+            InputError: if the statistic alone would cost more than σ.
+        """
+        return noise_multiplier, 0.0
+
+    def update(
+        self, max_grad_norm: float, noised_statistic: float, expected_batch_size: float
+    ) -> float:
+        """The next C, from the noised statistic of this step alone."""
+        return max_grad_norm
 
 
 @dataclass(frozen=True)
 class FlatClipping(Clipping):
     """Each record's whole gradient is clipped to C (Abadi et al. 2016, arXiv 1607.00133)."""
 
-    def clip(
-        self, gradients: Sequence[Tensor], max_grad_norm: float, weights: Tensor | None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """The clipped sums, and no count."""
-        return clip_and_sum(gradients, max_grad_norm, weights), None
+    def factors(self, norms: Tensor, max_grad_norm: float) -> Tensor:
+        """min(1, C / ‖gᵢ‖)."""
+        return clip_factors(norms, max_grad_norm)
 
 
 @dataclass(frozen=True)
@@ -58,12 +92,11 @@ class PerLayerClipping(Clipping):
     by large ones of another.
     """
 
-    def clip(
-        self, gradients: Sequence[Tensor], max_grad_norm: float, weights: Tensor | None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """The clipped sums, and no count."""
-        share = max_grad_norm / math.sqrt(max(len(gradients), 1))
-        return [clip_and_sum([g], share, weights)[0] for g in gradients], None
+    grouped: ClassVar[bool] = True
+
+    def factors(self, norms: Tensor, max_grad_norm: float) -> Tensor:
+        """min(1, C / (√K ‖gᵢₖ‖)) for each parameter k."""
+        return clip_factors(norms, max_grad_norm / math.sqrt(norms.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -90,6 +123,8 @@ class AdaptiveClipping(Clipping):
         InputError: for settings out of range.
     """
 
+    learns: ClassVar[bool] = True
+
     target_quantile: float = 0.5
     learning_rate: float = 0.2
     count_noise: float | None = None
@@ -111,53 +146,90 @@ class AdaptiveClipping(Clipping):
                 f"smallest={self.smallest}, largest={self.largest}."
             )
 
-    def clip(
-        self, gradients: Sequence[Tensor], max_grad_norm: float, weights: Tensor | None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """The clipped sums, and Σ (1[‖gᵢ‖ ≤ C] − ½) over the records that count."""
-        norms = per_record_norms(gradients)
-        factors = clip_factors(norms, max_grad_norm)
-        below = (norms <= max_grad_norm).to(norms.dtype) - 0.5
-        if weights is not None:
-            below = below * weights.to(below)
-        return scale_and_sum(gradients, norms, factors, weights), below.sum()
+    def factors(self, norms: Tensor, max_grad_norm: float) -> Tensor:
+        """min(1, C / ‖gᵢ‖)."""
+        return clip_factors(norms, max_grad_norm)
 
-    def count_deviation(self, noise_multiplier: float, expected_batch_size: float) -> float:
-        """σ_b for a σ.
+    def statistic(self, norms: Tensor, max_grad_norm: float) -> Tensor:
+        """1[‖gᵢ‖ ≤ C] − ½; a norm that is not finite counts as clipped."""
+        return (norms <= max_grad_norm).to(norms.dtype) - 0.5
+
+    def noise(self, noise_multiplier: float, expected_batch_size: float) -> tuple[float, float]:
+        """σ_Δ, the noise multiplier that is left for the gradient, and σ_b.
 
         Raises:
             InputError: if σ_b is too small to leave any noise to spend on the gradient.
         """
-        if self.count_noise is None:
-            return max(expected_batch_size / 20, noise_multiplier)
-        if self.count_noise <= noise_multiplier / 2:
+        if noise_multiplier == 0:
+            return 0.0, 0.0
+        deviation = self.count_noise
+        if deviation is None:
+            deviation = max(expected_batch_size / 20, noise_multiplier)
+        elif deviation <= noise_multiplier / 2:
             raise InputError(
                 f"Expected `count_noise` above noise_multiplier / 2 = {noise_multiplier / 2:.4g}, "
-                f"got {self.count_noise}: the count alone would spend the step's budget. Raise it."
+                f"got {deviation}: the count alone would spend the step's budget. Raise it."
             )
-        return self.count_noise
-
-    def gradient_multiplier(self, noise_multiplier: float, expected_batch_size: float) -> float:
-        """σ_Δ, the noise multiplier that is left for the gradient."""
-        if noise_multiplier == 0:
-            return 0.0
-        count = 2 * self.count_deviation(noise_multiplier, expected_batch_size)
-        return (noise_multiplier**-2 - count**-2) ** -0.5
+        return (noise_multiplier**-2 - (2 * deviation) ** -2) ** -0.5, deviation
 
     def update(
-        self, max_grad_norm: float, noised_count: float, expected_batch_size: float
+        self, max_grad_norm: float, noised_statistic: float, expected_batch_size: float
     ) -> float:
-        """The next C, from the noised count of this step alone."""
-        below = 0.5 + noised_count / expected_batch_size
+        """C · exp(−η (b̃ − γ)), within `smallest` and `largest`."""
+        below = 0.5 + noised_statistic / expected_batch_size
         log_norm = math.log(max_grad_norm) - self.learning_rate * (below - self.target_quantile)
         smallest, largest = math.log(self.smallest), math.log(self.largest)
         return math.exp(min(max(log_norm, smallest), largest))
 
 
+def checked_noise(
+    clipping: Clipping, noise_multiplier: float, expected_batch_size: float
+) -> tuple[float, float]:
+    """`clipping.noise`, of a rule that does not release its statistic as it is.
+
+    Raises:
+        PrivacyError: if a statistic would be released without noise in a step that has some.
+    """
+    sigma, deviation = clipping.noise(noise_multiplier, expected_batch_size)
+    own = type(clipping).statistic is not Clipping.statistic
+    if own and noise_multiplier > 0 and not deviation > 0:
+        raise PrivacyError(
+            f"Expected {type(clipping).__name__}.noise to give its statistic a deviation > 0, got "
+            f"{deviation}: the statistic would be released as it is. Override `noise`."
+        )
+    return sigma, deviation
+
+
 def check_clipping(clipping: object) -> None:
-    """Raise an `InputError` unless `clipping` is one of the three."""
+    """Refuse what is no rule, and a rule that lets a record move the sum by more than C.
+
+    It is tried on norms far below and far above C, together and one by one. What a rule does at
+    other norms, or later on, is its author's promise.
+
+    Raises:
+        InputError: for what is no rule, or gives no factor for each norm.
+        PrivacyError: for factors that do not bound a record, or depend on other records.
+    """
     if not isinstance(clipping, Clipping):
         raise InputError(
             "Expected `clipping` to be FlatClipping(), PerLayerClipping() or AdaptiveClipping(), "
             f"got {clipping!r}."
+        )
+    norms, bound = torch.logspace(-4, 4, 9), 1.0
+    if clipping.grouped:
+        norms = torch.stack([norms, norms.flip(0), norms / 2], dim=1)
+    factors = clipping.factors(norms.clone(), bound)
+    alone = torch.cat([clipping.factors(row.clone(), bound) for row in norms.split(1)])
+    name = type(clipping).__name__
+    if factors.shape != norms.shape:
+        raise InputError(
+            f"Expected {name}.factors to give one factor for each norm, shape "
+            f"{tuple(norms.shape)}, got {tuple(factors.shape)}."
+        )
+    moved = (factors * norms).reshape(len(norms), -1).norm(dim=1)
+    if not (torch.allclose(factors, alone) and moved.max() <= bound * (1 + 1e-5)):
+        raise PrivacyError(
+            f"Expected {name}.factors to bring each record's gradient to a norm of at most C, "
+            "whatever the other records are, got a rule that does not. One record could move the "
+            "sum further than the noise is made for."
         )

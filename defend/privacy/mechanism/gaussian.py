@@ -13,23 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-_F32 = torch.float32
-
-
-def per_record_norms(gradients: Sequence[Tensor]) -> Tensor:
-    """‖gᵢ‖₂ of each record over all parameters, in float32 or wider.
-
-    Args:
-        gradients: one tensor `[N, *parameter.shape]` for each parameter.
-
-    Returns:
-        Norms, shape `[N]`.
-    """
-    parts = [
-        torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.promote_types(g.dtype, _F32))
-        for g in gradients
-    ]
-    return torch.linalg.vector_norm(torch.stack(parts, dim=1), dim=1)
+from defend.privacy.gradients.sums import per_record_norms, weighted_sum
 
 
 def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
@@ -62,29 +46,10 @@ def clip_and_sum(
     if not gradients:
         return []
     norms = per_record_norms(gradients)
-    return scale_and_sum(gradients, norms, clip_factors(norms, max_grad_norm), weights)
-
-
-def scale_and_sum(
-    gradients: Sequence[Tensor], norms: Tensor, factors: Tensor, weights: Tensor | None = None
-) -> list[Tensor]:
-    """Σᵢ wᵢ · factorᵢ · gᵢ, parameter by parameter.
-
-    Args:
-        gradients: one tensor `[N, *parameter.shape]` for each parameter.
-        norms: of each record, shape `[N]`; where one is not finite the record adds 0.
-        factors: shape `[N]`, float32 or wider.
-        weights: as in `clip_and_sum`.
-    """
+    factors = clip_factors(norms, max_grad_norm)
     if weights is not None:
         factors = factors * weights.to(factors)
-    broken = ~norms.isfinite()
-    if broken.any():  # 0 · NaN is NaN
-        gradients = [g.masked_fill(broken.view((-1,) + (1,) * (g.ndim - 1)), 0) for g in gradients]
-    # Matrix times vector: unlike matrix times matrix it is never rounded to TF32 or bfloat16.
-    return [
-        torch.mv(g.flatten(1).to(factors.dtype).T, factors).view(g.shape[1:]) for g in gradients
-    ]
+    return weighted_sum(gradients, norms, factors)
 
 
 def add_noise_(

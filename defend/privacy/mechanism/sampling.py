@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from defend.errors import PrivacyError
 from defend.privacy.mechanism.randomness import Randomness
+from defend.privacy.mechanism.shard import Shard
 
 
 class Drawn(NamedTuple):
@@ -27,6 +28,22 @@ class Drawn(NamedTuple):
     records: int
     slots: int
     chunks: int
+
+
+class Chunking(NamedTuple):
+    """How a rank's rows of one logical step are cut.
+
+    Attributes:
+        size: most rows of a rank in one chunk, but never less than one record's; None means one
+            chunk.
+        views: rows of a record, K ≥ 1.
+        fixed: fill every chunk with padding, where a new shape costs more than the rows (cuDNN's
+            autotuner tries all its algorithms for each shape).
+    """
+
+    size: int | None = None
+    views: int = 1
+    fixed: bool = False
 
 
 class PoissonBatchSampler(Sampler[list[int]]):
@@ -45,16 +62,13 @@ class PoissonBatchSampler(Sampler[list[int]]):
         sample_rate: q in (0, 1].
         steps: batches in an epoch.
         randomness: source of the masks; each step has a generator of its own.
-        first_step: called when an epoch starts; the number of its first step.
-        chunk_size: most rows of a rank in one chunk, but never less than one record's; None means
-            one chunk. May be set anew before an epoch starts.
-        views: rows of a record, K ≥ 1.
-        fixed: fill every chunk with padding, where a new shape costs more
-            than the rows (cuDNN's autotuner tries all its algorithms for each shape).
-        rank: this process.
-        world_size: all processes.
+        chunks: how a rank's rows are cut.
+        shard: this process among all.
 
     Attributes:
+        next_step: number of the step that comes next; an epoch begins with it. Set from outside.
+        chunk_size: most rows of a rank in one chunk; may be set to another value before an epoch
+            starts.
         drawn: a queue of what was yielded and not yet consumed, in order. The training step takes
             one entry a batch; loader workers and prefetching cannot mix the order up.
         epochs: how many were started.
@@ -67,23 +81,16 @@ class PoissonBatchSampler(Sampler[list[int]]):
         steps: int,
         randomness: Randomness,
         *,
-        first_step: Callable[[], int] = lambda: 0,
-        chunk_size: int | None = None,
-        views: int = 1,
-        fixed: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
+        chunks: Chunking = Chunking(),
+        shard: Shard = Shard(),
     ) -> None:
         self.size = size
         self.sample_rate = sample_rate
         self.steps = steps
         self.randomness: Randomness | None = randomness
-        self.first_step = first_step
-        self.chunk_size = chunk_size
-        self.views = views
-        self.fixed = fixed
-        self.rank = rank
-        self.world_size = world_size
+        self.next_step = 0
+        self.chunk_size, self.views, self.fixed = chunks
+        self.rank, self.world_size = shard
         self.drawn: deque[Drawn] = deque()
         self.epochs = 0
 
@@ -92,14 +99,17 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.randomness = None
         self.drawn.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, and a pickle, hold no secret: they draw nothing."""
+        return {**vars(self), "randomness": None, "drawn": deque()}
+
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
         self.drawn.clear()
         self.epochs += 1
-        first = self.first_step()
-        for step in range(first, first + self.steps):
+        for step in range(self.next_step, self.next_step + self.steps):
             hits = self.sample(step)
             largest = len(hits[:: self.world_size])  # rank 0 has the most
             most = self.records_in_a_chunk

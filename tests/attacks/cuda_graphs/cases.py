@@ -79,11 +79,13 @@ class Recorder:
 def plain(attack, model, x=X, y=Y, **settings):
     """The attack, every step run by Python."""
     attack = dataclasses.replace(attack, cuda_graphs=False)
-    return attack.run(model, x, y, generator=seeded(), **settings)
+    return attack.perturb(model, x, y, generator=seeded(), **settings)
 
 
 def graphed(attack, model, x=X, y=Y, **settings):
-    return attack.run(model, x, y, generator=seeded(), **settings)
+    """The attack, its steps captured and replayed where they can be."""
+    attack = dataclasses.replace(attack, cuda_graphs=True)
+    return attack.perturb(model, x, y, generator=seeded(), **settings)
 
 
 def assert_same(found, expected):

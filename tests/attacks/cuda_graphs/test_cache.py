@@ -12,6 +12,7 @@ from torch import nn
 
 from defend import PGD
 from defend.attacks.cuda_graphs import cache as graphs
+from defend.attacks.cuda_graphs import captured_step
 from defend.threat import L2, Linf
 from tests.attacks.cuda_graphs.cases import ATTACKS, Net, X, Y, assert_same, graphed, net, plain
 
@@ -38,7 +39,7 @@ def test_the_comparison_sees_a_replay_that_went_wrong(recorder, monkeypatch):
     model, attack = net(), PGD(Linf(0.1), steps=4)
     graphed(attack, model)
     graphed(attack, model)
-    monkeypatch.setattr(graphs, "_load", lambda own, ascent: None)
+    monkeypatch.setattr(captured_step, "_load", lambda own, ascent: None)
     assert not torch.equal(graphed(attack, model).x_adv, plain(attack, model).x_adv)
 
 
@@ -56,6 +57,13 @@ def test_one_graph_for_a_shape_whatever_the_radius(recorder):
 
 def test_a_step_that_comes_once_is_not_captured(recorder):
     graphed(PGD(Linf(0.1), steps=3), net())
+    assert recorder.made == 0
+
+
+def test_nothing_is_captured_unless_asked_for(recorder):
+    model = net()
+    for _ in range(3):
+        PGD(Linf(0.1), steps=3).perturb(model, X, Y)
     assert recorder.made == 0
 
 
@@ -133,11 +141,11 @@ def test_no_model_is_kept_alive(recorder):
         for _ in range(3):
             graphed(attack, model)
     assert recorder.made == 2
-    dead, known = weakref.ref(model), len(graphs._SHELVES)
+    dead, known = weakref.ref(model), len(graphs._CACHES)
     del model, attack
     gc.collect()
     assert dead() is None
-    assert len(graphs._SHELVES) == known - 1
+    assert len(graphs._CACHES) == known - 1
 
 
 def test_a_copy_of_a_model_has_graphs_of_its_own(recorder):
@@ -155,14 +163,14 @@ def test_a_copy_of_a_model_has_graphs_of_its_own(recorder):
 
 
 def test_no_more_graphs_than_are_worth_it(recorder, monkeypatch):
-    monkeypatch.setattr(graphs, "_MOST", 3)
+    monkeypatch.setattr(graphs, "_MAX_GRAPHS_PER_MODEL", 3)
     model, attack = net(), PGD(Linf(0.1), steps=2)
     for rows in range(2, 9):
         for _ in range(2):
             graphed(attack, model, X[:rows], Y[:rows])
     assert recorder.made == 7
-    shelf = graphs._SHELVES[model]
-    assert len(shelf._graphs) == 3
+    cache = graphs._CACHES[model]
+    assert len(cache._graphs) == 3
     made = recorder.made
     graphed(attack, model, X[:8], Y[:8])  # the latest is still there
     assert recorder.made == made

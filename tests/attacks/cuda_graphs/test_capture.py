@@ -124,8 +124,8 @@ def cuda(monkeypatch):
     )
     monkeypatch.setattr(recording, "peak_bytes", peak_bytes)
     monkeypatch.setattr(recording, "free_bytes", lambda device: 1000)
-    monkeypatch.setattr(recording, "_SIDES", {})
-    monkeypatch.setattr(recording, "_FAILED", [])
+    monkeypatch.setattr(recording, "_CAPTURE_STREAMS", {})
+    monkeypatch.setattr(recording, "_FAILED_GRAPHS", [])
     return cuda
 
 
@@ -156,7 +156,7 @@ def test_shares_the_pool_that_it_is_given(cuda):
 
 
 def test_work_that_waits_is_refused_before_a_capture(cuda):
-    with pytest.raises(RuntimeError, match=r"it waits for the device \(.*test_recording.py, line"):
+    with pytest.raises(RuntimeError, match=r"it waits for the device \(.*test_capture.py, line"):
         recording.record(cuda.waits, DEVICE)
     assert cuda.held == []
     assert_clean(cuda)
@@ -182,7 +182,7 @@ def test_a_spoiled_capture_leaves_nothing_behind(cuda):
         recording.record(cuda.is_waiting_spoils, DEVICE)
     assert_clean(cuda)
     assert cuda.held == [("own", 0)]  # only that of the capture that sets the generator right
-    assert [graph.was_reset for graph in recording._FAILED] == [True]
+    assert [graph.was_reset for graph in recording._FAILED_GRAPHS] == [True]
     recording.record(lambda: None, DEVICE)
     assert_clean(cuda)
 
@@ -203,7 +203,7 @@ def test_an_error_in_a_capture_that_ends_well_is_passed_on(cuda):
     with pytest.raises(torch.OutOfMemoryError, match="in the capture"):
         recording.record(full, DEVICE)
     assert len(cuda.held) == 1  # the graph's own to give back, as it ended
-    assert recording._FAILED == []
+    assert recording._FAILED_GRAPHS == []
     assert_clean(cuda)
 
 

@@ -25,8 +25,8 @@ def said(caplog):
 
 def captured(model):
     """How many graphs a model has."""
-    shelf = graphs._SHELVES.get(model)
-    return sum(isinstance(g, graphs._Captured) for g in shelf._graphs.values()) if shelf else 0
+    cache = graphs._CACHES.get(model)
+    return sum(isinstance(g, graphs.CapturedStep) for g in cache._graphs.values()) if cache else 0
 
 
 def close(found, expected):
@@ -119,7 +119,7 @@ def test_on_cuda_a_forward_that_waits_runs_step_by_step_and_leaves_nothing_behin
 
 
 def test_on_cuda_a_graph_that_would_keep_too_much_is_not_made(said, monkeypatch):
-    monkeypatch.setattr(recording, "_KEEPS", 0.0)
+    monkeypatch.setattr(recording, "_MAX_SHARE_OF_FREE_MEMORY", 0.0)
     model, attack = net().cuda(), PGD(Linf(0.1), steps=2)
     for _ in range(3):
         graphed(attack, model, X.cuda(), Y.cuda())

@@ -10,6 +10,7 @@ from torch import nn
 
 from defend import PGD, InputError
 from defend.attacks.cuda_graphs import cache as graphs
+from defend.attacks.cuda_graphs import captured_step
 from defend.threat import Linf
 from tests.attacks.cuda_graphs.cases import (
     Counts,
@@ -44,7 +45,7 @@ def test_a_model_that_is_never_the_same_is_said_once(recorder, caplog):
 
 
 def test_what_python_hides_is_noticed_sooner_or_later(recorder, caplog, monkeypatch):
-    monkeypatch.setattr(graphs, "_CHECK_EVERY", 3)
+    monkeypatch.setattr(captured_step, "_CALLS_BETWEEN_CHECKS", 3)
     hidden = {"sign": 1.0}
 
     class Hides(Net):
@@ -161,7 +162,7 @@ def test_a_second_thread_does_not_wait_and_does_not_disturb(recorder):
 
 def test_the_check_does_not_need_memory_that_is_not_there(recorder, monkeypatch):
     model, attack = net(), PGD(Linf(0.1), steps=3)
-    monkeypatch.setattr(graphs, "_CHECK_EVERY", 1)
+    monkeypatch.setattr(captured_step, "_CALLS_BETWEEN_CHECKS", 1)
     graphed(attack, model)
     graphed(attack, model)
     expected = plain(attack, model)
@@ -170,7 +171,7 @@ def test_the_check_does_not_need_memory_that_is_not_there(recorder, monkeypatch)
         raise torch.OutOfMemoryError("no room for a look")
 
     monkeypatch.setattr(model, "forward", full)
-    shelf = graphs._SHELVES[model]
-    look = next(iter(shelf._graphs))[1]
-    monkeypatch.setattr(graphs, "look_of", lambda model, but: look)
+    cache = graphs._CACHES[model]
+    signature = next(iter(cache._graphs))[1]
+    monkeypatch.setattr(graphs, "signature_of", lambda model, without: signature)
     assert_same(graphed(attack, model), expected)

@@ -279,6 +279,7 @@ def test_import_of_defend_leaves_torchattacks_alone():
 @pytest.mark.cuda
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=IDS)
 def test_contract_on_cuda(name, settings):
+    pytest.importorskip("torchattacks", reason="an extra")
     x, y, model = batch()
     x, y, model = x.cuda(), y.cuda(), model.cuda()
     before = torch.cuda.get_rng_state(), torch.get_rng_state()

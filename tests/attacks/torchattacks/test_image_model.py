@@ -1,4 +1,4 @@
-"""The stand-in that attacks of torchattacks see: images of the model, copies of logits."""
+"""The wrapper that attacks of torchattacks see: images of the model, copies of logits."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from defend import InputError, InputSpace
 from defend.attacks import TorchAttack
-from defend.attacks.torchattacks.image_model import StandIn, image_shape, raw_logits
+from defend.attacks.torchattacks.image_model import ImageModel, image_shape, raw_logits
 from tests.attacks.cases import model_for, seeded
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def test_logits_are_a_copy_that_an_attack_may_overwrite():
     logits = raw_logits(lambda x: own, images, InputSpace())(images)
     before = own.clone()
     logits.zero_()
-    StandIn(raw_logits(lambda x: own, images, InputSpace()), CPU)(images).zero_()
+    ImageModel(raw_logits(lambda x: own, images, InputSpace()), CPU)(images).zero_()
     assert torch.equal(own, before)
 
 
@@ -73,7 +73,7 @@ def test_images_are_a_copy_that_a_model_may_overwrite():
 def test_activations_are_kept_for_a_second_backward_only_where_there_is_one(retain):
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh())
     images = torch.rand(2, 1, 2, 2, requires_grad=True)
-    logits = StandIn(raw_logits(model, images, InputSpace()), CPU, retain=retain)(images)
+    logits = ImageModel(raw_logits(model, images, InputSpace()), CPU, retain=retain)(images)
     first = torch.autograd.grad(logits[:, 0].sum(), images, retain_graph=True)[0]
     if retain:
         again = torch.autograd.grad(logits[:, 0].sum(), images)[0]
@@ -85,13 +85,13 @@ def test_activations_are_kept_for_a_second_backward_only_where_there_is_one(reta
 
 @pytest.mark.parametrize(("name", "retains"), [("PGD", False), ("CW", False), ("DeepFool", True)])
 def test_only_attacks_that_go_class_by_class_keep_activations(name, retains, monkeypatch):
-    asked, init = [], StandIn.__init__
+    asked, init = [], ImageModel.__init__
 
     def spy(self, logits, device, *, retain=False):
         asked.append(retain)
         init(self, logits, device, retain=retain)
 
-    monkeypatch.setattr(StandIn, "__init__", spy)
+    monkeypatch.setattr(ImageModel, "__init__", spy)
     x, model = torch.rand(3, 1, 4, 4, generator=seeded()), model_for((3, 1, 4, 4))
     TorchAttack(name, {"steps": 2})(model, x, model(x).argmax(1))
     assert asked[-1] == retains  # before it one that only looks at the classes

@@ -13,7 +13,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from defend.privacy import PoissonBatchSampler, Randomness
+from defend.privacy import Chunking, PoissonBatchSampler, Randomness, Shard
 from tests.contracts.defend_does.hooks import released_sum
 from tests.contracts.defend_does.optimizers import in_a_loop
 from tests.contracts.defend_does.yardstick import (
@@ -131,7 +131,7 @@ def empty_batch() -> Outcome:
 def empty_batch_distributed() -> Outcome:
     """Rank 1 of 2, half a record expected: padding stands in where there is none."""
     sampler = PoissonBatchSampler(
-        50, 0.01, 100, Randomness(insecure_seed=1), rank=1, world_size=2, chunk_size=8
+        50, 0.01, 100, Randomness(insecure_seed=1), chunks=Chunking(size=8), shard=Shard(1, 2)
     )
     sizes = [len(rows) for rows in sampler]
     return holds(len(sizes) == 100 and min(sizes) > 0, "100 of 100 noised steps taken")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from defend import PrivacyError
-from defend.training.loop import PrivateLoop, make_private
+from defend.training import PrivateLoop
 from tests.contracts.defend_does.yardstick import (
     Plain,
     Released,
@@ -18,6 +18,7 @@ from tests.contracts.defend_does.yardstick import (
 )
 from tests.contracts.outcomes import Outcome
 from tests.contracts.small import DELTA, batch, flat, loss, net
+from tests.loops import private_loop
 
 BREAKS = breaks()
 
@@ -27,7 +28,7 @@ def in_a_loop(
 ) -> PrivateLoop:
     """`make_private` as a user of a plain loop sets it up, without a file."""
     defaults = {"epochs": 1, "delta": DELTA, "max_grad_norm": 0.1, "noise_multiplier": 1.0}
-    return make_private(
+    return private_loop(
         model,
         optimizer or torch.optim.SGD(model.parameters(), lr=0.1),
         loader() if data is None else data,

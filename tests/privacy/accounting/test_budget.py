@@ -16,32 +16,27 @@ def budget(**settings):
 
 
 def spend(account, steps, planned=math.inf, done=0):
-    account.open(sample_rate=Q, planned=planned, done=done)
+    fit = account.open(sample_rate=Q, planned=planned, done=done)
     for _ in range(steps):
-        account.charge()
+        fit.charge()
     return account
 
 
 def test_charges_are_numbered_counted_and_composed():
     account = budget()
-    account.open(sample_rate=Q, planned=math.inf, done=0)
-    assert [account.charge() for _ in range(3)] == [0, 1, 2]
+    fit = account.open(sample_rate=Q, planned=math.inf, done=0)
+    assert [fit.charge() for _ in range(3)] == [0, 1, 2]
     assert account.history == ((1.0, Q, 3),)
     assert account.epsilon == epsilon([(1.0, Q, 3)], DELTA, "rdp")
 
 
-def test_no_charge_before_a_fit_is_opened():
-    with pytest.raises(BudgetError, match="got a further step after 0"):
-        budget().charge()
-
-
 def test_the_last_affordable_step_is_the_last():
     account = budget(target_epsilon=2.0)
-    account.open(sample_rate=Q, planned=1000, done=0)
-    while not account.exhausted:
-        account.charge()
+    fit = account.open(sample_rate=Q, planned=1000, done=0)
+    while not fit.exhausted:
+        fit.charge()
     with pytest.raises(BudgetError, match=r"stop at ε = 2.0"):
-        account.charge()
+        fit.charge()
     assert account.epsilon <= 2.0
     assert epsilon([(1.0, Q, account.steps + 1)], DELTA, "rdp") > 2.0
 
@@ -49,20 +44,20 @@ def test_the_last_affordable_step_is_the_last():
 @pytest.mark.parametrize("planned", [1, 7, 20, 33, 200])
 def test_epsilon_now_is_a_tight_upper_bound_that_ends_exact(planned):
     account = budget(noise_multiplier=None, target_epsilon=3.0)
-    account.open(sample_rate=Q, planned=planned, done=0)
+    fit = account.open(sample_rate=Q, planned=planned, done=0)
     for _ in range(planned):
-        account.charge()
-        assert account.epsilon - 1e-9 <= account.epsilon_now() <= min(3.0, account.epsilon + 1e-6)
-    assert account.epsilon_now() == pytest.approx(account.epsilon, abs=1e-6)
-    assert account.exhausted
+        fit.charge()
+        assert account.epsilon - 1e-9 <= fit.epsilon_now() <= min(3.0, account.epsilon + 1e-6)
+    assert fit.epsilon_now() == pytest.approx(account.epsilon, abs=1e-6)
+    assert fit.exhausted
 
 
 def test_epsilon_now_goes_on_without_an_end():
     account = budget()
-    account.open(sample_rate=Q, planned=math.inf, done=0)
+    fit = account.open(sample_rate=Q, planned=math.inf, done=0)
     for _ in range(2100):
-        account.charge()
-        now = account.epsilon_now()
+        fit.charge()
+        now = fit.epsilon_now()
     assert now == pytest.approx(account.epsilon, abs=1e-6)
 
 
@@ -72,17 +67,21 @@ def test_a_schedule_is_charged_step_by_step_from_its_place_in_the_plan():
     assert first.history == ((8.0, Q, 3), (4.0, Q, 1))
     rest = budget(noise_multiplier=8.0, noise_schedule=schedule)
     rest.merge(json.loads(json.dumps(first.state_dict())))
-    spend(rest, 3, planned=7, done=4)
+    fit = rest.open(sample_rate=Q, planned=7, done=4)
+    for _ in range(3):
+        fit.charge()
     assert rest.history == ((8.0, Q, 3), (4.0, Q, 3), (2.0, Q, 1))
     assert rest.epsilon == epsilon(rest.history, DELTA, "rdp")
-    assert rest.epsilon_now() == pytest.approx(rest.epsilon, abs=1e-6)
+    assert fit.epsilon_now() == pytest.approx(rest.epsilon, abs=1e-6)
 
 
 def test_a_scheduled_plan_meets_its_target():
     account = budget(noise_multiplier=None, target_epsilon=3.0, noise_schedule=Decay(0.9, every=10))
-    spend(account, 50, planned=50)
+    fit = account.open(sample_rate=Q, planned=50, done=0)
+    for _ in range(50):
+        fit.charge()
     assert 2.9 < account.epsilon <= 3.0
-    assert account.exhausted
+    assert fit.exhausted
     assert len(account.history) == 5
 
 
@@ -113,6 +112,17 @@ def test_a_resumed_plan_keeps_its_noise_and_a_changed_one_finds_another():
         spend(longer, 70, planned=80, done=10)
     assert longer.noise_multiplier > first.noise_multiplier
     assert 2.9 < longer.epsilon <= 3.0
+
+
+def test_what_is_known_of_elsewhere_is_in_the_running_epsilon():
+    """Fits that are taken up in the middle of one."""
+    account, other = budget(), spend(budget(noise_multiplier=2.0), 30)
+    fit = account.open(sample_rate=Q, planned=20, done=0)
+    fit.charge()
+    alone = fit.epsilon_now()
+    account.merge(other.state_dict())
+    assert fit.epsilon_now() > alone
+    assert fit.epsilon_now() == pytest.approx(account.epsilon, abs=1e-6)
 
 
 def test_a_rollback_refunds_nothing_and_another_run_adds():
@@ -164,8 +174,7 @@ def test_a_finished_plan_takes_no_step():
     first = spend(budget(noise_multiplier=None, target_epsilon=3.0), 10, planned=10)
     again = budget(noise_multiplier=None, target_epsilon=3.0)
     again.merge(first.state_dict())
-    again.open(sample_rate=Q, planned=10, done=10)
-    assert again.exhausted
+    assert again.open(sample_rate=Q, planned=10, done=10).exhausted
     assert again.noise_multiplier == first.noise_multiplier
 
 

@@ -149,15 +149,17 @@ def test_any_delta_and_number_of_steps_has_a_bound(delta, steps):
 
 def test_a_schedule_that_ends_the_noise_ends_the_budget():
     """σ falls to 1e-183, of which the square is no float any more."""
-    settings = {"delta": DELTA, "sample_rate": 0.01, "schedule": schedules.Decay(0.9)}
+    settings = {"delta": DELTA, "sample_rate": 0.01}
     plan = scheduled(1.0, 0.01, 4000, schedules.Decay(0.9))
     assert epsilon(plan, DELTA) == math.inf
-    n = affordable_steps(3.0, noise_multiplier=1.0, limit=4000, **settings)
+    n = affordable_steps(3.0, noise_multiplier=schedules.Decay(0.9), limit=4000, **settings)
     assert 0 < n < 4000
     assert epsilon(plan[:n], DELTA) <= 3.0 < epsilon(plan[: n + 1], DELTA)
     for accountant in ("prv", "rdp"):
         with pytest.raises(InputError, match=r"some noise can meet, got 3.0 .* keeps more noise"):
-            noise_multiplier_for(3.0, steps=4000, accountant=accountant, **settings)
+            noise_multiplier_for(
+                3.0, steps=4000, accountant=accountant, schedule=schedules.Decay(0.9), **settings
+            )
 
 
 def test_where_the_least_noise_spends_nothing_it_is_taken():
@@ -231,16 +233,16 @@ def test_refuses_the_schedules_that_training_refuses(factor):
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
 def test_noise_for_a_target_with_a_schedule(accountant):
     settings = {"delta": DELTA, "sample_rate": 0.05, "accountant": accountant}
-    sigma = noise_multiplier_for(3.0, steps=100, schedule=stairs, first_step=20, **settings)
+    schedule = {"schedule": lambda t: stairs(20 + t)}  # of a plan that goes on at step 20
+    sigma = noise_multiplier_for(3.0, steps=100, **schedule, **settings)
 
     def spends(sigma, first_step=20):
         return epsilon(scheduled(sigma, 0.05, 100, stairs, first_step), DELTA, accountant)
 
     assert spends(sigma) <= 3.0 < spends(0.99 * sigma)
     assert spends(sigma, first_step=50) > 3.0  # the schedule's place matters
-    n = affordable_steps(
-        2.5, noise_multiplier=sigma, limit=100, schedule=stairs, first_step=20, **settings
-    )
+    noise = {"noise_multiplier": lambda t: sigma * stairs(20 + t)}
+    n = affordable_steps(2.5, limit=100, **noise, **settings)
     assert 0 < n < 100
     plans = [scheduled(sigma, 0.05, k, stairs, 20) for k in (n, n + 1)]
     assert epsilon(plans[0], DELTA, accountant) <= 2.5 < epsilon(plans[1], DELTA, accountant)

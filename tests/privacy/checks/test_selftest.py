@@ -11,8 +11,9 @@ from torch.utils.data import Dataset, default_collate
 
 from defend import PGD, InputError, Linf, PrivacyError
 from defend.attacks.context import no_trace
-from defend.privacy.checks.module_copy import copy_for_probe
+from defend.privacy.checks.module_copy import copy_of_module
 from defend.privacy.checks.selftest import RECORDS, selftest
+from defend.privacy.checks.step_under_test import StepUnderTest
 
 WIDTH, CLASSES = 6, 3
 
@@ -37,8 +38,10 @@ def mean_loss(module, batch):
     return F.cross_entropy(module(x), y)
 
 
-def probe(module, loss=mean_loss, collate=default_collate, items=None, **settings):
-    return selftest(module, items or records(), loss=loss, collate=collate, **settings)
+def selftest_of(module, loss=mean_loss, items=None, **settings):
+    how = {k: settings.pop(k) for k in ("max_grad_norm", "rows", "turn") if k in settings}
+    step = StepUnderTest(**{"loss": loss, "collate": default_collate, **settings})
+    return selftest(module, items or records(), step, **how)
 
 
 # --- what must be found -----------------------------------------------------------------------
@@ -210,7 +213,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_finds(name):
     module, settings, message = BROKEN[name]
-    found = probe(module(), **settings)
+    found = selftest_of(module(), **settings)
     assert not found.passed
     with pytest.raises(PrivacyError, match=f"(?s)self-test on your own step.*{message}"):
         found.require()
@@ -315,14 +318,14 @@ SOUND = {
 @pytest.mark.parametrize("name", SOUND)
 def test_passes(name):
     module, settings = SOUND[name]
-    found = probe(module(), max_grad_norm=1e-3, **settings)
+    found = selftest_of(module(), max_grad_norm=1e-3, **settings)
     assert found.findings == ()
     assert found.largest_move == pytest.approx(1.0, abs=1e-3)  # the record is clipped to C
     found.require()
 
 
 def test_padding_that_is_not_masked_couples_records():
-    found = probe(Reading(masked=False), collate=padding_collate, items=sentences())
+    found = selftest_of(Reading(masked=False), collate=padding_collate, items=sentences())
     assert "padding that is not masked" in found.findings[0]
 
 
@@ -331,8 +334,8 @@ def test_half_precision_is_given_more_slack():
         with torch.autocast("cpu", torch.bfloat16):
             return F.cross_entropy(module(batch[0]).float(), batch[1])
 
-    assert probe(Net(), loss, half=True).passed
-    assert not probe(BatchMeanSubtracted(), loss, half=True).passed
+    assert selftest_of(Net(), loss, half=True).passed
+    assert not selftest_of(BatchMeanSubtracted(), loss, half=True).passed
 
 
 # --- the attack -----------------------------------------------------------------------------------
@@ -349,7 +352,7 @@ def attack_with(pgd):
 @pytest.mark.parametrize("random_start", [False, True])
 def test_a_sound_attack_passes(random_start):
     pgd = PGD(Linf(0.2), steps=3, random_start=random_start)
-    found = probe(Net(), attack=attack_with(pgd), max_grad_norm=1e-3)
+    found = selftest_of(Net(), attack=attack_with(pgd), max_grad_norm=1e-3)
     assert found.findings == ()
     assert found.largest_move <= 1 + 1e-3
 
@@ -391,7 +394,7 @@ def reseeds(module, batch):
     ],
 )
 def test_a_bad_attack_is_found(attack, message):
-    found = probe(Net(), attack=attack)
+    found = selftest_of(Net(), attack=attack)
     with pytest.raises(PrivacyError, match=f"(?s){message}"):
         found.require()
 
@@ -403,7 +406,7 @@ def test_module_and_random_state_are_untouched():
     module = FilledBuffer()
     before = {n: t.clone() for n, t in module.state_dict().items()}
     states = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())  # noqa: NPY002
-    probe(module)
+    selftest_of(module)
     assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
     assert all(p.grad is None for p in module.parameters())
     assert not any(m._forward_hooks for m in module.modules())
@@ -419,28 +422,28 @@ def test_data_on_the_module_is_shared_not_copied():
 
     module = Net()
     module.data = Big()
-    assert copy_for_probe(module).data is module.data
+    assert copy_of_module(module).data is module.data
 
 
 def test_a_module_that_cannot_be_copied_is_an_error():
     module = Net()
     module.lock = __import__("threading").Lock()
     with pytest.raises(PrivacyError, match="can be copied for the self-test, got TypeError"):
-        probe(module)
+        selftest_of(module)
 
 
 def test_too_few_records():
     with pytest.raises(InputError, match="at least 3 records for the self-test, got 2"):
-        probe(Net(), items=records(2))
+        selftest_of(Net(), items=records(2))
 
 
 def test_a_quick_look_finds_what_couples_records():
     for turn in range(1, 8):
-        found = probe(BatchMeanSubtracted(), turn=turn)
+        found = selftest_of(BatchMeanSubtracted(), turn=turn)
         assert "alone and in a batch" in found.findings[0]
-        assert "`mean`, which the step fills" in probe(FilledBuffer(), turn=turn).findings[0]
+        assert "`mean`, which the step fills" in selftest_of(FilledBuffer(), turn=turn).findings[0]
         for module, settings in SOUND.values():
-            assert probe(module(), turn=turn, **settings).passed
+            assert selftest_of(module(), turn=turn, **settings).passed
 
 
 def sometimes(draw, threshold):
@@ -460,7 +463,7 @@ def sometimes(draw, threshold):
     ids=["python", "numpy", "torch"],
 )
 def test_mixing_by_chance_is_found(draw, threshold):
-    found = probe(Net(), sometimes(draw, threshold))
+    found = selftest_of(Net(), sometimes(draw, threshold))
     assert "alone and in a batch" in found.findings[0]
 
 
@@ -470,8 +473,8 @@ def test_what_only_large_batches_do_is_found():
         losses = F.cross_entropy(module(x), y, reduction="none")
         return losses.topk(8).values.mean() if len(x) > 8 else losses.mean()
 
-    assert probe(Net(), hardest_eight).passed
-    assert "alone and in a batch" in probe(Net(), hardest_eight, rows=32).findings[0]
+    assert selftest_of(Net(), hardest_eight).passed
+    assert "alone and in a batch" in selftest_of(Net(), hardest_eight, rows=32).findings[0]
 
 
 def drop_with_a_known_seed(module, batch):
@@ -487,4 +490,4 @@ def drop_after_a_seed(module, batch):
 
 @pytest.mark.parametrize("loss", [drop_with_a_known_seed, drop_after_a_seed])
 def test_random_numbers_that_are_not_secret_are_found(loss):
-    assert "random numbers from the global generators" in probe(Net(), loss).findings[0]
+    assert "random numbers from the global generators" in selftest_of(Net(), loss).findings[0]

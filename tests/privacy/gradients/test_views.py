@@ -10,14 +10,15 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from defend import (
     PGD,
-    AdversarialSettings,
+    Adversarial,
     DifferentialPrivacy,
     InputError,
     Linf,
     PrivacyError,
 )
-from defend.privacy import PoissonBatchSampler, Randomness
+from defend.privacy import Chunking, PoissonBatchSampler, Randomness, Shard
 from defend.privacy.checks.selftest import selftest
+from defend.privacy.checks.step_under_test import StepUnderTest
 from defend.privacy.gradients.per_record import PerRecordGradients, mean_of_views
 from tests.helpers import data
 from tests.privacy.gradients.alone import inputs, loss, targets
@@ -122,17 +123,15 @@ def test_views_that_were_joined_on_the_way_are_refused():
 # --- batches --------------------------------------------------------------------------------------
 
 
-def sampler(steps=30, rate=0.3, **settings):
-    return PoissonBatchSampler(20, rate, steps, Randomness(insecure_seed=0), **settings)
+def sampler(rate=0.3, shard=Shard(), **chunks):
+    randomness = Randomness(insecure_seed=0)
+    return PoissonBatchSampler(20, rate, 30, randomness, chunks=Chunking(**chunks), shard=shard)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("chunk_size", [None, 6, 2])
 def test_a_record_is_drawn_once_and_handed_out_for_each_view(chunk_size, world):
-    ranks = [
-        sampler(views=3, chunk_size=chunk_size, rank=rank, world_size=world)
-        for rank in range(world)
-    ]
+    ranks = [sampler(views=3, size=chunk_size, shard=Shard(r, world)) for r in range(world)]
     batches = [list(rank) for rank in ranks]
     for step in range(30):
         drawn = [rank.drawn[step] for rank in ranks]
@@ -155,7 +154,7 @@ def test_an_empty_batch_is_one_record_of_padding():
 
 
 def test_fixed_shapes_are_filled_up_with_whole_records():
-    fixed = sampler(views=3, chunk_size=7, fixed=True)
+    fixed = sampler(views=3, size=7, fixed=True)
     for batch, drawn in zip(list(fixed), fixed.drawn, strict=True):
         assert len(batch) == 3 * drawn.slots == drawn.chunks * 6
 
@@ -174,10 +173,11 @@ def collate(items):
     return x, torch.stack([pair[1] for pair in items for _ in range(2)])
 
 
-def tried(loss=mean_loss, **settings):
+def tried(loss=mean_loss, attack=None, **settings):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    return selftest(module, records(), loss=loss, collate=collate, views=2, **settings)
+    step = StepUnderTest(loss=loss, collate=collate, attack=attack, views=2)
+    return selftest(module, records(), step, **settings)
 
 
 def test_a_sound_step_passes():
@@ -237,7 +237,7 @@ def test_views_that_are_all_alike_are_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loop(DataLoader(Augmented(), batch_size=8)).close()
-        attack = AdversarialSettings(PGD(Linf(0.1), steps=1))
+        attack = Adversarial(PGD(Linf(0.1), steps=1))
         loop(DataLoader(plain, batch_size=8), adversarial=attack).close()
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from defend.privacy import AdaptiveClipping
-from defend.privacy.mechanism.clipping import FlatClipping
+from defend.privacy import AdaptiveClipping, clip_and_sum
 
 from .test_step import B, C, make, networks, records
 
@@ -24,25 +23,22 @@ SETTINGS = {"target_quantile": QUANTILE, "learning_rate": RATE, "count_noise": C
 class GradientLikeSigma(AdaptiveClipping):
     """Planted: the count is released for nothing."""
 
-    def gradient_multiplier(self, noise_multiplier, expected_batch_size):
-        return noise_multiplier
+    def noise(self, noise_multiplier, expected_batch_size):
+        return noise_multiplier, super().noise(noise_multiplier, expected_batch_size)[1]
 
 
 class NoCountNoise(AdaptiveClipping):
-    """Planted: the count is released as it is."""
+    """Planted: the count is released nearly as it is; as it is, it would be refused."""
 
-    def count_deviation(self, noise_multiplier, expected_batch_size):
-        return 0.0
-
-    def gradient_multiplier(self, noise_multiplier, expected_batch_size):
-        return SIGMA_DELTA
+    def noise(self, noise_multiplier, expected_batch_size):
+        return SIGMA_DELTA, 1e-12
 
 
-class HalfCountNoise(NoCountNoise):
+class HalfCountNoise(AdaptiveClipping):
     """Planted: half of the count's noise."""
 
-    def count_deviation(self, noise_multiplier, expected_batch_size):
-        return COUNT_NOISE / 2
+    def noise(self, noise_multiplier, expected_batch_size):
+        return SIGMA_DELTA, COUNT_NOISE / 2
 
 
 def gradients_of_records(module):
@@ -69,7 +65,7 @@ def released(clipping, steps=STEPS):
         step.expect(7, 7)
         F.cross_entropy(module(x), y).backward()
         step.release()
-        sums, _ = FlatClipping().clip(known, bound, None)
+        sums = clip_and_sum(known, bound)
         found = [p.grad * B - s for p, s in zip(step.parameters, sums, strict=True)]
         noise.append(torch.cat([f.flatten() for f in found]).double())
         # C' = C · exp(−η (½ + count / B − γ)), solved for the count.

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
-from defend.privacy import PoissonBatchSampler, Randomness
+from defend.privacy import Chunking, PoissonBatchSampler, Randomness, Shard
 from defend.privacy.mechanism.sampling import SecretWorker, poisson_loader
 
 N, Q, STEPS = 200, 0.1, 3000
@@ -54,7 +54,8 @@ def test_every_record_joins_equally_often_and_on_its_own():
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("chunk_size", [None, 4])
 def test_ranks_share_one_mask_and_run_the_same_number_of_chunks(world, chunk_size):
-    samplers = [sampler(20, chunk_size=chunk_size, rank=r, world_size=world) for r in range(world)]
+    chunks = Chunking(size=chunk_size)
+    samplers = [sampler(20, chunks=chunks, shard=Shard(r, world)) for r in range(world)]
     batches = [list(s) for s in samplers]
     for step in range(20):
         drawn = [s.drawn[step] for s in samplers]
@@ -76,7 +77,9 @@ def test_an_empty_batch_is_padded_and_counts_no_record():
 
 
 def test_an_epoch_starts_where_the_step_count_says():
-    assert list(sampler(5, first_step=lambda: 7)) == [sampler().sample(s) for s in range(7, 12)]
+    later = sampler(5)
+    later.next_step = 7
+    assert list(later) == [sampler().sample(s) for s in range(7, 12)]
 
 
 def test_a_new_epoch_forgets_batches_that_were_drawn_but_never_used():

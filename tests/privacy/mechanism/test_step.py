@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from defend import PrivacyError
-from defend.privacy import PrivateStep, Randomness
+from defend.privacy import PrivateStep, Randomness, StepSettings
 from tests.reference.dpsgd import clipped_sum
 
 C, B = 0.5, 10.0
@@ -26,12 +26,9 @@ def make(module, sigma=0.0, optimizer=None, **settings):
     step = PrivateStep(
         module,
         optimizer,
-        noise_multiplier=sigma,
-        max_grad_norm=C,
-        expected_batch_size=B,
+        StepSettings(noise_multiplier=sigma, max_grad_norm=C, expected_batch_size=B, **settings),
         randomness=Randomness(insecure_seed=0),
         charge=Charges(),
-        **settings,
     )
     return step, optimizer
 

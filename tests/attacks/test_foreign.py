@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from defend import Linf, evaluate
+from defend.attacks.attack import Attack, as_attack
+from defend.attacks.result import AttackResult
 from defend.objectives import TRADES
-from defend.training.foreign import run_foreign
 from tests.training.adversarial_cases import batches, loop_of, net, state_of
 
 
@@ -92,7 +94,7 @@ def test_an_attack_that_fails_leaves_all_as_it_was_too():
     gradients = [(p, p.grad, p.grad.clone()) for p in model.parameters()]
     before = state_of(model)
     with pytest.raises(StopError):
-        run_foreign(failing, model, x, y, generator=torch.Generator(), chunk_size=None)
+        as_attack(failing).perturb(model, x, y, generator=torch.Generator(), chunk_size=None)
     assert torch.equal(state_of(model), before)
     assert all(p.grad is g and torch.equal(g, kept) for p, g, kept in gradients)
     assert all(m.training for m in model.modules())
@@ -107,9 +109,42 @@ def test_it_is_given_what_an_attack_is_given():
 
     x, y = torch.rand(4, 3, 2, 2).to(memory_format=torch.channels_last), torch.arange(4)
     model = nn.Sequential(nn.Flatten(), nn.Dropout())
-    x_adv = run_foreign(noting, model, x, y, generator=generator, chunk_size=2)
+    x_adv = as_attack(noting)(model, x, y, generator=generator, chunk_size=2)
     assert (given["generator"], given["chunk_size"]) == (generator, 2)
     assert torch.equal(given["x"], x)
     assert given["x"].data_ptr() != x.data_ptr()
     assert x_adv.is_contiguous(memory_format=torch.channels_last)
     assert not any(given["modes"])
+
+
+class Careless(Attack):
+    """An attack of somebody's own in the form of ours."""
+
+    ball, steps = Linf(0.1), 1
+
+    def __init__(self, function):
+        self.function = function
+
+    def _perturb(self, model, x, y, *, generator, chunk_size, eps):
+        return AttackResult(self.function(model, x, y))
+
+
+@pytest.mark.parametrize("function", CARELESS, ids=lambda f: f.__name__)
+def test_a_subclass_leaves_no_trace_either(function):
+    model = net()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    x, y = batches(1)[0]
+    kept, state, rng = x.clone(), state_of(model), torch.get_rng_state()
+    report = evaluate(model, [(x, y)], {"own": Careless(function)}, progress=False)
+    assert report.records == len(x)
+    assert model.training
+    assert torch.equal(state_of(model), state)
+    assert torch.equal(x, kept)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+
+
+def test_a_radius_that_cannot_be_changed_is_none():
+    assert Careless(careful).radius is None
+    assert as_attack(careful).radius is None

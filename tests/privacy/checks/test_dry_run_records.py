@@ -3,7 +3,7 @@
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from defend.privacy.checks.probe_records import labels_of, probe_positions
+from defend.privacy.checks.dry_run_records import labels_of, positions_to_try
 
 
 def labelled(labels):
@@ -20,15 +20,15 @@ class Listed(Dataset):
 
 def test_without_labels_positions_are_spread():
     plain = TensorDataset(torch.rand(61, 2))
-    assert probe_positions(plain, 7) == [0, 10, 20, 30, 40, 50, 60]
-    assert len(set(probe_positions(plain, 7, turn=1)) - {0, 10, 20, 30, 40, 50, 60}) >= 5
-    assert probe_positions(TensorDataset(torch.rand(2, 2)), 7) == [0, 1]
+    assert positions_to_try(plain, 7) == [0, 10, 20, 30, 40, 50, 60]
+    assert len(set(positions_to_try(plain, 7, turn=1)) - {0, 10, 20, 30, 40, 50, 60}) >= 5
+    assert positions_to_try(TensorDataset(torch.rand(2, 2)), 7) == [0, 1]
 
 
 def test_a_class_of_one_record_is_always_there():
     data = labelled([0] * 50 + [1] + [2] * 49)
     for turn in range(5):
-        chosen = probe_positions(data, 7, turn)
+        chosen = positions_to_try(data, 7, turn)
         assert 50 in chosen
         assert len(set(chosen)) == 7
         assert set(data.tensors[1][chosen].tolist()) == {0, 1, 2}
@@ -36,13 +36,13 @@ def test_a_class_of_one_record_is_always_there():
 
 def test_of_many_classes_the_rarest_and_the_most_common():
     labels = [c for c in range(20) for _ in range(c + 1)]
-    found = torch.tensor(labels)[probe_positions(labelled(labels), 7)].tolist()
+    found = torch.tensor(labels)[positions_to_try(labelled(labels), 7)].tolist()
     assert set(found) == {0, 1, 2, 16, 17, 18, 19}
 
 
 def test_other_records_at_the_next_turn():
     data = labelled([0, 1] * 50)
-    assert set(probe_positions(data, 7, 0)) != set(probe_positions(data, 7, 1))
+    assert set(positions_to_try(data, 7, 0)) != set(positions_to_try(data, 7, 1))
 
 
 def test_labels_are_found_where_data_sets_keep_them():

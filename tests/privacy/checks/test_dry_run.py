@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from defend import PrivacyError, make_private
-from defend.training.tryout import is_due
+from defend import PrivacyError
+from defend.privacy import StepUnderTest
+from defend.privacy.checks.dry_run import DryRun, is_due
 from tests.helpers import loader
+from tests.loops import private_loop
 
 
 def test_it_is_due_less_and_less_often():
@@ -30,7 +32,7 @@ def test_a_loss_that_turns_bad_later_is_found(late, tmp_path):
             x = x - x.mean(0)
         return F.cross_entropy(module(x), y)
 
-    private = make_private(
+    private = private_loop(
         model,
         torch.optim.SGD(model.parameters(), lr=0.1),
         loader(64, 8),
@@ -52,3 +54,19 @@ def test_a_loss_that_turns_bad_later_is_found(late, tmp_path):
         train()
     assert late <= private.steps <= 4 * late + 8
     assert not private.selftest.passed
+
+
+def test_only_one_record_is_loaded_to_compare_its_views():
+    loaded = []
+
+    class Counted(torch.utils.data.Dataset):
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, index):
+            loaded.append(index)
+            return torch.rand(4)
+
+    step = StepUnderTest(loss=lambda m, x: m(x).mean(), collate=torch.stack, views=3)
+    assert not DryRun(torch.nn.Linear(4, 1), Counted(), step, max_grad_norm=1.0).views_are_alike()
+    assert loaded == [loaded[0]] * 3

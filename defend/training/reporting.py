@@ -1,4 +1,4 @@
-"""What a user reads off a private run, whatever drives its loop."""
+"""What a private run reports, whatever drives its loop."""
 
 from abc import abstractmethod
 from pathlib import Path
@@ -8,8 +8,8 @@ from defend.privacy.checks.selftest import SelfTest
 from defend.training.private import PrivateTraining
 
 
-class Readings:
-    """ε and all that it comes from."""
+class PrivacyReport:
+    """ε and all that it comes from, as properties of a callback or a loop."""
 
     @abstractmethod
     def _up_to_date(self) -> PrivateTraining:

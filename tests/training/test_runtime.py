@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from defend.training.host import Host
+from defend.training.runtime import PlainRuntime
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -30,6 +30,10 @@ class Bag:
         return Bag(self.x, str(device))
 
 
+def loss(model, batch):
+    return model(batch).mean()
+
+
 X, Y = torch.zeros(2, 3), torch.ones(2)
 
 
@@ -39,7 +43,7 @@ X, Y = torch.zeros(2, 3), torch.ones(2)
     ids=["tuple", "list", "namedtuple", "dataclass", "dict", "tensor"],
 )
 def test_batches_move_to_the_model(batch):
-    moved = Host(nn.Linear(3, 3, device="meta")).to_device(batch)
+    moved = PlainRuntime(nn.Linear(3, 3, device="meta"), loss).to_device(batch)
     assert type(moved) is type(batch)
     assert _devices(moved) == {"meta"}
     assert _devices(batch) == {"cpu"}  # the loader's own stays where it is
@@ -47,7 +51,7 @@ def test_batches_move_to_the_model(batch):
 
 
 def test_a_batch_that_knows_how_to_move():
-    moved = Host(nn.Linear(3, 3, device="meta")).to_device({"bag": Bag(X)})
+    moved = PlainRuntime(nn.Linear(3, 3, device="meta"), loss).to_device({"bag": Bag(X)})
     assert moved["bag"].device == "meta"
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 
-def probe_positions(dataset: Any, count: int, turn: int = 0) -> list[int]:
+def positions_to_try(dataset: Any, count: int, turn: int = 0) -> list[int]:
     """Up to `count` positions in a data set, from the rarest classes and the most common ones.
 
     A loss that is weighted by class gives itself away only where a batch holds classes of different

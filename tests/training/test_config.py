@@ -1,19 +1,48 @@
-"""What is asked of adversarial training: what goes together, and what the objective says."""
+"""What is asked for: what goes together, what the objective says, and that it is written once."""
 
 import dataclasses
+import inspect
 
 import pytest
 
-from defend import L2, PGD, InputError, InputSpace, Linf
+from defend import L2, PGD, AdversarialTraining, DifferentialPrivacy, InputError, InputSpace, Linf
 from defend.attacks.free import Free
 from defend.attacks.presets import fgsm_rs
 from defend.objectives import AWP, MART, TRADES
-from defend.training.adversarial_settings import AdversarialSettings
+from defend.training.config import Adversarial, Execution, Privacy
 from tests.training.adversarial_cases import ATTACK
 
 
 def attack_of(attack=ATTACK, **settings):
-    return AdversarialSettings(attack, **settings).training_attack()
+    return Adversarial(attack, **settings).training_attack().source
+
+
+def fields_of(settings):
+    """Name → default; an objective or a rule by what it is."""
+    found = {}
+    for field in dataclasses.fields(settings):
+        made = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if made else field.default
+        found[field.name] = inspect.Parameter.empty if default is dataclasses.MISSING else default
+    return found
+
+
+@pytest.mark.parametrize(
+    ("callback", "settings", "own"),
+    [(AdversarialTraining, Adversarial, "alarm"), (DifferentialPrivacy, Privacy, "release")],
+)
+def test_a_callback_takes_flat_what_the_settings_hold(callback, settings, own):
+    """Its arguments are spelled out for command lines: the same names, the same defaults."""
+    parameters = inspect.signature(callback).parameters
+    found = {name: p.default for name, p in parameters.items() if name != own}
+    assert own in parameters
+    assert found == fields_of(settings)
+
+
+def test_what_changes_no_result_stands_apart():
+    assert [field.name for field in dataclasses.fields(Execution)] == ["chunk_size"]
+    assert issubclass(Privacy, Execution)
+    assert issubclass(Adversarial, Execution)
 
 
 def test_the_objective_says_what_the_attack_increases():
@@ -61,6 +90,17 @@ def test_anything_that_is_called_as_an_attack_is_one(attack):
     assert attack_of(attack) == attack
 
 
+class LeastLikely(Noise):
+    """Has a target, of its own choice."""
+
+    targeted = True
+
+
+def test_an_attack_that_chooses_its_target_is_none_of_ours_to_refuse():
+    attack = LeastLikely()
+    assert attack_of(attack) is attack
+
+
 REFUSED = [
     ({"attack": fgsm_rs}, r"got fgsm_rs, which is not.* call it: fgsm_rs\(8 / 255\)"),
     ({"attack": PGD}, r"chunk_size=...\), got PGD, which is not"),
@@ -75,6 +115,7 @@ REFUSED = [
     ({"warmup_epochs": -1}, r"the warm-up to be ≥ 0 and finite, got -1"),
     ({"warmup_epochs": float("inf")}, r"the warm-up to be ≥ 0 and finite, got inf"),
     ({"warmup_epochs": 1, "attack": lambda *_, **__: None}, r"with `eps` and `with_eps` to warm"),
+    ({"seed": -1}, r"`seed` to be an integer ≥ 0 or None, got -1"),
     ({"attack": Free(Linf(0.1)), "clean_fraction": 0.5}, r"no clean fraction with Free, got oth"),
     ({"attack": Free(Linf(0.1)), "objective": TRADES()}, r"Expected objective=Madry\(\) and no"),
     (
@@ -87,4 +128,4 @@ REFUSED = [
 @pytest.mark.parametrize(("settings", "message"), REFUSED)
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
-        AdversarialSettings(**{"attack": ATTACK, **settings})
+        Adversarial(**{"attack": ATTACK, **settings})

@@ -1,0 +1,119 @@
+"""Dry runs of a user's own step on records of the data: before step 0, and again now and then."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from defend.batching import memory
+from defend.privacy.checks.constant_randomness import seeded
+from defend.privacy.checks.dry_run_records import positions_to_try
+from defend.privacy.checks.module_copy import copy_of_module, tensors_of
+from defend.privacy.checks.selftest import RECORDS, SelfTest, selftest
+from defend.privacy.checks.step_under_test import StepUnderTest
+from defend.privacy.gradients.per_record import PerRecordGradients
+from defend.privacy.mechanism.gaussian import clip_factors
+
+
+class DryRun:
+    """Runs the self-test, and measures the memory of a step, on a copy of the module.
+
+    Args:
+        module: the model itself.
+        dataset: map-style, with a length.
+        step: what training does with a batch; its `collate` takes the items of all records in one
+            list, those of a record's views next to each other.
+        max_grad_norm: C.
+
+    Attributes:
+        records: how many are tried; all but one of them are in the batch at once.
+    """
+
+    def __init__(
+        self, module: nn.Module, dataset: Any, step: StepUnderTest, *, max_grad_norm: float
+    ) -> None:
+        def collate(records: list[list[Any]]) -> Any:
+            return step.collate([item for record in records for item in record])
+
+        self.module, self.dataset = module, dataset
+        self.step = replace(step, collate=collate)
+        self.max_grad_norm = max_grad_norm
+        self.records = RECORDS
+        self._turn = 0
+
+    def selftest(self, rows: int | None = None) -> SelfTest | None:
+        """The self-test: whole the first time, in short and on other records after that.
+
+        Args:
+            rows: rows of an ordinary chunk.
+
+        Returns:
+            None for a data set of fewer than three records: too few to mix.
+        """
+        turn, self._turn = self._turn, self._turn + 1
+        records = self._load(turn)
+        if len(records) < 3:
+            return None
+        return selftest(
+            self.module,
+            records,
+            self.step,
+            max_grad_norm=self.max_grad_norm,
+            rows=rows,
+            turn=turn,
+        )
+
+    def peak_bytes(self, rows: int) -> int:
+        """Most bytes that a private step on `rows` rows allocates; on a GPU only."""
+        count = -(-rows // self.step.views)
+        batch = self.step.collate(list(itertools.islice(itertools.cycle(self._load(0)), count)))
+        device = next(self.module.parameters()).device
+        with torch.random.fork_rng([device], device_type="cuda"):
+            return memory.peak_bytes(lambda: self._step_on(batch, count), device)
+
+    def views_are_alike(self) -> bool:
+        """Whether the views of a record are the same rows: K times the work for nothing."""
+        rows, views = tensors_of(self.step.collate(self._load(0, most=1))), self.step.views
+        return not any(bool((t != t[:1]).any()) for t in rows if t.ndim and len(t) == views)
+
+    def free_bytes(self) -> int:
+        """Bytes that are left; on a GPU only."""
+        return memory.free_bytes(next(self.module.parameters()).device)
+
+    def _load(self, turn: int, most: int | None = None) -> list[list[Any]]:
+        """Records, each as the items that the data set gives for it, one a view."""
+        with seeded(turn, ()):
+            positions = positions_to_try(self.dataset, self.records, turn)[:most]
+            return [[self.dataset[i] for _ in range(self.step.views)] for i in positions]
+
+    def _step_on(self, batch: Any, records: int) -> None:
+        """Forward, backward and clip on a copy of the module; nothing is kept."""
+        copy, rows = copy_of_module(self.module, self.step.share), records * self.step.views
+        engine = PerRecordGradients(copy, views=self.step.views, loss_reduction="sum")
+        try:
+            engine.expect(rows)
+            with torch.enable_grad():
+                self.step.backward(self.step.loss(copy, batch) * rows)
+            engine.weighted_sum(clip_factors(engine.norms(rows, grouped=False), 1.0))
+        finally:
+            engine.remove()
+
+
+def is_due(step: int, epoch: int, *, first_of_epoch: bool) -> bool:
+    """Whether to look again: a step may behave one way on its first batch and another later.
+
+    At steps 4, 16, 64, …, and at the start of the second, fifth, 17th, … epoch: warm-ups and late
+    starts of any length are found before they went on for long, at a cost that fades.
+
+    Args:
+        step: steps of this fit so far.
+        epoch: epochs of this fit that are over.
+        first_of_epoch: whether the next step is the first of its epoch.
+    """
+    return (step >= 4 and _is_power_of_four(step)) or (first_of_epoch and _is_power_of_four(epoch))
+
+
+def _is_power_of_four(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0 and n.bit_length() % 2 == 1

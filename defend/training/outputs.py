@@ -1,0 +1,39 @@
+"""What a training step returned: a loss, or a mapping that holds one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from defend.errors import PrivacyError
+
+
+def loss_of(output: Any) -> Tensor:
+    """The loss in what a private training step returned.
+
+    Raises:
+        PrivacyError: if there is none.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise PrivacyError(
+            f"Expected `training_step` to return a loss for every batch, got {loss!r}. Skipping "
+            "a batch because of one record would reveal that record."
+        )
+    return loss
+
+
+def with_penalty(output: Any, penalty: Tensor) -> Any:
+    """What a training step returned, the penalty added to its loss."""
+    if not isinstance(output, Mapping):
+        return output + penalty
+    if output.get("loss") is None:
+        return output  # Lightning says what is missing
+    return {**output, "loss": output["loss"] + penalty}
+
+
+def without_graph(output: Any) -> Any:
+    """What a training step returned, its loss detached: backward is done."""
+    if isinstance(output, Mapping):
+        return {**output, "loss": output["loss"].detach()}
+    return output.detach()

@@ -1,0 +1,145 @@
+"""One step of training, in every kind of loop: a batch, on its way to `p.grad`.
+
+    logical batch ── Poisson-sampled when private
+      └ `attack`: on the whole batch, without a trace, from secret random numbers when private
+          └ `gradient`: chunk by chunk when private, clean and adversarial rows together
+              └ `forward`: (AWP: weights moved) the user's step, on the rows the objective says
+                  └ TRADES, MART: the module once more, on the other rows; the term is added
+              └ `backward`, and after it weights are put back and Free's δ takes its step
+              └ end of a chunk, or a Trainer's `on_after_backward`, whichever is first:
+                norms of records → factors → weighted sum, gradients forgotten
+      └ `release`: ledger, flushed → charge → noise once → ÷ expected batch size → p.grad
+      └ the user's own optimizer, which refuses gradients that were not released
+
+A loop that is not private calls `loss`, and runs a backward of its own within `around_backward`.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from defend.batching.fields import with_field
+from defend.training.adversarial import AdversarialSteps, AttackedBatch
+from defend.training.chunks import Chunk
+from defend.training.outputs import loss_of, with_penalty, without_graph
+from defend.training.private import PrivateFit
+from defend.training.private_data import PrivateData
+from defend.training.runtime import Runtime
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingStep:
+    """What a step is made of.
+
+    Attributes:
+        runtime: the loop that it runs in, or a copy of its module to try it out on.
+        adversarial: what is trained against, if anything.
+        data: where the run is private, the data with its secrets.
+    """
+
+    runtime: Runtime
+    adversarial: AdversarialSteps | None = None
+    data: PrivateData | None = None
+
+    def loss(self, batch: Any) -> Any:
+        """Not private: what the user's step returns, its loss completed. Backward is the loop's."""
+        return self.forward(self.attack(batch))
+
+    def gradient(self, batch: Any, fit: PrivateFit) -> Any:
+        """Private: the clipped sum over a logical batch; what the user's step returned last."""
+        output = None
+        for chunk in fit.chunks(self.attack(batch)):
+            with chunk:  # folds at its end; where memory runs out it is taken again in halves
+                output = self._gradient_of(chunk)
+        return output
+
+    def _gradient_of(self, chunk: Chunk) -> Any:
+        output = self.forward(chunk.batch)
+        self.backward(loss_of(output) * chunk.rows)  # the sum of the rows' losses
+        return without_graph(output)
+
+    def attack(self, batch: Any, *, number: int | None = None) -> Any:
+        """The batch, clean and attacked; as it is where nothing is trained against.
+
+        Args:
+            batch: on the device.
+            number: on a copy: attack from other secret numbers, those of this number.
+        """
+        if self.adversarial is None:
+            return batch
+        runtime, data, adversarial = self.runtime, self.data, self.adversarial
+        batch, x = self.converted(batch, adversarial)
+        with runtime.attack_context(x.device):
+            if data is None:
+                generator = runtime.generator(x.device)
+                return adversarial.attacked(
+                    runtime.module, batch, generator=generator, epochs=runtime.epochs()
+                )
+            return adversarial.attacked(
+                runtime.module,
+                batch,
+                generator=data.attack_generator(x.device, number=number),
+                epochs=runtime.epochs(),
+                chunk_size=data.chunk_size,
+                private=True,
+                views=data.views,
+            )
+
+    def forward(self, batch: Any) -> Any:
+        """What the user's step returns for what `attack` gave, the objective's term added."""
+        adversarial, runtime = self.adversarial, self.runtime
+        if adversarial is None:
+            return runtime.forward(batch)
+        if not isinstance(batch, AttackedBatch):  # the self-test tries the step alone, too
+            batch = adversarial.unattacked(self.converted(batch, adversarial)[0])
+        module, precision = runtime.module, runtime.autocast
+        try:
+            with adversarial.around_forward(
+                module, batch, precision=precision, released=self._released()
+            ):
+                output = runtime.forward(batch.batch)
+            if output is None:  # a batch that the user's step skips
+                adversarial.restore_weights()
+                return None
+            with precision():
+                penalty = adversarial.penalty(module, batch)
+            return output if penalty is None else with_penalty(output, penalty)
+        except BaseException:
+            adversarial.restore_weights()
+            raise
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a loss that `forward` gave."""
+        with self.around_backward():
+            self.runtime.backward(loss)
+
+    @contextlib.contextmanager
+    def around_backward(self) -> Iterator[None]:
+        """Around a backward: weights go back to where the optimizer is to move them from."""
+        if self.adversarial is None:
+            yield
+            return
+        try:
+            yield
+            self.adversarial.after_backward()
+        finally:
+            self.adversarial.restore_weights()
+
+    def converted(self, batch: Any, adversarial: AdversarialSteps) -> tuple[Any, Tensor]:
+        """The batch with its inputs in the precision that the model takes, and these inputs."""
+        x, _ = adversarial.inputs_of(batch)
+        taken = self.runtime.convert(x)
+        if taken is not x:
+            batch = with_field(batch, adversarial.settings.input_key, taken)
+        return batch, taken
+
+    def _released(self) -> Mapping[str, Tensor] | None:
+        """What AWP follows where the run is private: the last release, noise and all."""
+        if self.data is None:
+            return None
+        if self.runtime.on_copy:  # any direction will do; the weights' own is at hand
+            return dict(self.runtime.module.named_parameters())
+        return self.data.released
