@@ -12,7 +12,7 @@ from defend.attacks.result import rates
 from defend.errors import InputError
 from defend.privacy.mechanism.randomness import Randomness
 from defend.training.adversarial import AdversarialSteps
-from defend.training.config import Adversarial
+from defend.training.config import Adversarial, check_adversarial, check_state
 from defend.training.runtime import Loss, PlainRuntime, runtime_of
 from defend.training.step import TrainingStep
 
@@ -206,16 +206,8 @@ def make_adversarial(
         InputError: for settings out of range or that do not go together, a warm-up by a loader
             without a length, and several processes without DistributedDataParallel.
     """
-    if not isinstance(adversarial, Adversarial):
-        raise InputError(
-            "Expected `adversarial` to be Adversarial(PGD(...), objective=...), got "
-            f"{adversarial!r}. Wrap it."
-        )
-    if state is not None and set(state) != _STATE:
-        raise InputError(
-            f"Expected a `state` that `state_dict` gave, got one of {sorted(state)}. Pass it as it "
-            "was saved."
-        )
+    check_adversarial(adversarial)
+    check_state(state, _STATE)
     runtime = runtime_of(model, loss, fabric)
     if adversarial.warmup_epochs:
         runtime.steps_per_epoch = _length(loader)

@@ -247,3 +247,21 @@ def settings_from(kind: type[Any], arguments: Mapping[str, Any]) -> Any:
     For callbacks, whose flat arguments a command line builds from YAML.
     """
     return kind(**{f.name: arguments[f.name] for f in dataclasses.fields(kind)})
+
+
+def check_adversarial(adversarial: object) -> None:
+    """Refuse anything but settings, such as an attack by itself."""
+    if not isinstance(adversarial, Adversarial):
+        raise InputError(
+            "Expected `adversarial` to be Adversarial(PGD(...), objective=...), got "
+            f"{adversarial!r}. Wrap it."
+        )
+
+
+def check_state(state: Mapping[str, Any] | None, names: set[str]) -> None:
+    """Refuse a state of a loop that its `state_dict` did not give."""
+    if state is not None and set(state) != names:
+        raise InputError(
+            f"Expected a `state` that `state_dict` gave, got one of {sorted(state)}. Pass it as it "
+            "was saved."
+        )

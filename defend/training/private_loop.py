@@ -15,7 +15,7 @@ from defend.attacks.result import rates
 from defend.errors import InputError, PrivacyError
 from defend.privacy.checks.preconditions import Setup, check
 from defend.training.adversarial import AdversarialSteps
-from defend.training.config import Adversarial, Privacy
+from defend.training.config import Adversarial, Privacy, check_adversarial, check_state
 from defend.training.dry_run_step import step_under_test
 from defend.training.private import PrivateFit, PrivateTraining
 from defend.training.private_data import PrivateData
@@ -205,7 +205,6 @@ def make_private(
     try:
         _share_epoch(data)
         runtime.steps_per_epoch = data.sampler.steps
-        runtime.batches = taken + 1
         steps = None if adversarial is None else AdversarialSteps(adversarial)
         step = TrainingStep(runtime, steps, data)
         tried = step_under_test(
@@ -241,19 +240,10 @@ def _check(
         )
     if epochs < 1:
         raise InputError(f"Expected `epochs` to be ≥ 1, got {epochs}. Give those of all training.")
-    if state is not None and set(state) != {"privacy", "taken"}:
-        raise InputError(
-            f"Expected a `state` that `state_dict` gave, got one of {sorted(state)}. Pass it as it "
-            "was saved."
-        )
-    if adversarial is None:
-        return
-    if not isinstance(adversarial, Adversarial):
-        raise InputError(
-            "Expected `adversarial` to be Adversarial(PGD(...), objective=...), got "
-            f"{adversarial!r}. Wrap it."
-        )
-    adversarial.refuse_beside_privacy()
+    check_state(state, {"privacy", "taken"})
+    if adversarial is not None:
+        check_adversarial(adversarial)
+        adversarial.refuse_beside_privacy()
 
 
 def _share_epoch(data: PrivateData) -> None:
