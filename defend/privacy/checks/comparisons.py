@@ -10,6 +10,7 @@ from defend.errors import PrivacyError
 from defend.privacy.checks.constant_randomness import ConstantRandomness, seeded
 from defend.privacy.checks.module_copy import rows_differ, same, state_of
 from defend.privacy.checks.step_on_copy import StepOnCopy
+from defend.privacy.gradients.sums import per_record_norms
 from defend.privacy.mechanism.gaussian import clip_and_sum
 
 # Random numbers at several places of their range, and seeds whose first numbers (numpy's and
@@ -97,8 +98,8 @@ class Comparisons:
                 batch = self.copy.attacked(self.step.collate(list(records)))
                 gradients = self.copy.gradients(batch, len(records))
             sums.append(clip_and_sum(gradients, self.max_grad_norm))
-        moves = torch.stack([(a - b).float().norm() for a, b in zip(*sums, strict=True)])
-        largest = float(moves.norm()) / self.max_grad_norm
+        moves = per_record_norms([(a - b).unsqueeze(0) for a, b in zip(*sums, strict=True)])
+        largest = float(moves) / self.max_grad_norm
         if largest > 1 + (_MOVE_ROUNDING if self.step.attack is None else _MOVE_ROUNDING_ATTACKED):
             raise PrivacyError(
                 "Expected the clipped sum to move by at most C without one record, got "

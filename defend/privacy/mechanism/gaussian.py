@@ -21,8 +21,16 @@ def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
 
     A record whose gradient is NaN or infinite contributes nothing. That is a function of this
     record alone, so the sensitivity stays C; letting it through would make the whole sum NaN.
+
+    *Guarantee.* Rounded down, so that factor · norm ≤ C however large the norm is; exactly 1 where
+    the norm is at most C.
     """
-    factors = max_grad_norm / norms.clamp_min(max_grad_norm)
+    # Near 1e-45, the factor of a norm near 1e38, a number rounded up may be twice as large. Torch
+    # divides a float by a tensor in two roundings, and a tensor by a tensor in one.
+    bounded = norms.double().clamp_min(max_grad_norm)
+    exact = torch.full_like(bounded, max_grad_norm) / bounded
+    factors = exact.to(norms.dtype)
+    factors = torch.where(factors > exact, factors.nextafter(torch.zeros_like(factors)), factors)
     return torch.where(norms.isfinite(), factors, 0.0)
 
 
@@ -39,9 +47,9 @@ def clip_and_sum(
     Returns:
         One tensor of the parameter's shape for each, float32 or wider.
 
-    *Guarantees.* Adding or removing one record moves the result, taken over all parameters, by at
-    most C in L2 norm, up to the rounding of the sum's dtype: norms and products are computed in
-    float32 even for bfloat16 gradients.
+    *Guarantees.* Each record enters with at most C (1 + 1e-6) in L2 norm, taken over all
+    parameters, however many there are; in bfloat16 too, as norms and products are then float32.
+    Adding or removing one record moves the result by no more, up to the rounding of the sum.
     """
     if not gradients:
         return []
