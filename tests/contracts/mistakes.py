@@ -42,6 +42,18 @@ class RemembersInAWeight(nn.Module):
         return self.inner(h)
 
 
+class ComplexScale(nn.Module):
+    """Complex numbers as weights, more of them than the result shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(FEATURES, CLASSES)
+        self.scale = nn.Parameter(torch.ones(4000, dtype=torch.cfloat))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + (x[:, :1] * self.scale).real[:, :CLASSES]
+
+
 class Words(nn.Module):
     """Embedding in, the same table out, and small weights in it: as in language models."""
 

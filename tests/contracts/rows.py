@@ -103,6 +103,7 @@ ROWS = {
         ("fp16 with a gradient scaler", "fp16_grad_scaler"),
         ("a scaler that skips a step for one record", "grad_scaler_skips_the_step"),
         ("bf16 weights", "bf16_weights"),
+        ("complex weights", "complex_weights"),
         ("bf16 autocast", "bf16_norms"),
         ("noise repeated after a resume, by a seed", "seeded_noise_replayed_after_resume"),
         ("a noise seed of 32 bits", "noise_32_bit_seed"),

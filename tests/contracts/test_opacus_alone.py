@@ -97,6 +97,7 @@ EXPECTED = {
     "grad_scaler_skips_the_step": ("accepts", "0 noised steps with the record, 1 without"),
     "bf16_norms": ("accepts", 1.002),
     "bf16_weights": ("accepts", 1.002),
+    "complex_weights": ("accepts", r"noise of 0\.7\d σC on each part$"),
     "seeded_noise_replayed_after_resume": ("accepts", "equal noise"),
     "noise_32_bit_seed": ("accepts", "equal noise"),
     "attack_reseeds_global_rng": ("accepts", "equal noise"),

@@ -75,6 +75,14 @@ REFUSALS = (
         "keeps buffers, and is refused in its new form too.",
     ),
     Refusal(
+        "complex_weights",
+        "trainable weights that are real numbers",
+        setups.complex_weights,
+        "Torch draws complex normals whose two parts have half the variance each, so the noise "
+        "would be too small. Keep the real and the imaginary part as two parameters, and put them "
+        "together in forward: torch.complex(self.real, self.imag).",
+    ),
+    Refusal(
         "compiled",
         "a module that is not compiled",
         setups.compiled_layers,

@@ -106,6 +106,14 @@ def computes_weights(layer: nn.Module) -> bool:
     )
 
 
+def complex_weights(setup: Setup) -> str | None:
+    """Trainable parameters of complex numbers."""
+    if setup.module is None:
+        return None
+    trained = _trainable(setup.module).items()
+    return some(f"`{n}` in {p.dtype}" for n, p in trained if p.is_complex())
+
+
 def nothing_to_train(setup: Setup) -> str | None:
     """A module without trainable parameters."""
     return "none" if setup.module is not None and not _trainable(setup.module) else None

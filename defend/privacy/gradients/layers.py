@@ -4,6 +4,8 @@ With xᵢ the input row of record i, f the layer and bᵢ the gradient of the lo
 
     gᵢ = ∂⟨f(θ, xᵢ), bᵢ⟩ / ∂θ
 
+with ⟨y, b⟩ = Re Σ y b̄ where the output is complex, as autograd has it. Weights are real.
+
 A kind of layer has its rule here, registered by `@rule(kind)`, or Opacus' formula
 (`opacus.grad_sample`). A rule serves a layer only where it is right for the layer's settings. All
 others are computed by `torch.func`, record by record in one batch: that is right for any layer that
@@ -213,7 +215,7 @@ def _by_row(
         own_args, own_kwargs = tree_unflatten(leaves, structure)
         with autocast:
             output = functional_call(forward, values, own_args, own_kwargs)
-        return (tree_leaves(output)[place] * b.unsqueeze(0)).sum()
+        return (tree_leaves(output)[place] * b.unsqueeze(0).conj()).real.sum()
 
     parameters = {f"module.{n}": p for n, p in module.named_parameters() if p.requires_grad}
     values = {n: p.detach() for n, p in parameters.items()}

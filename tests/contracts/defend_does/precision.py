@@ -17,6 +17,7 @@ from tests.contracts.defend_does.yardstick import (
     holds,
     measure,
 )
+from tests.contracts.mistakes import ComplexScale
 from tests.contracts.outcomes import Outcome
 from tests.contracts.small import ROWS, batch, loss, net
 
@@ -44,6 +45,12 @@ def bf16_norms() -> Outcome:
 @BREAKS.add
 def bf16_weights() -> Outcome:
     fit(Plain(), precision="bf16-true")
+    return Outcome("open", "it went on")
+
+
+@BREAKS.add
+def complex_weights() -> Outcome:
+    fit(Plain(ComplexScale()))
     return Outcome("open", "it went on")
 
 

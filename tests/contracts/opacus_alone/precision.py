@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.contracts.mistakes import ComplexScale
 from tests.contracts.opacus_alone.yardstick import (
     added_noise,
     breaks,
@@ -74,6 +75,17 @@ def bf16_weights() -> Outcome:
         return F.cross_entropy(module(x.bfloat16()).float(), y)
 
     return judge(of_a_step(lambda: net().bfloat16(), one))
+
+
+@BREAKS.add
+def complex_weights() -> Outcome:
+    """The noise on each part of a complex weight: σC is promised, at C = 0.1 and σ = 1."""
+    p = private(ComplexScale())
+    train(p, *batch())
+    size = p.optimizer.expected_batch_size
+    noise = next(q.grad * size - q.summed_grad for q in p.optimizer.params if q.is_complex())
+    found = float(torch.view_as_real(noise).std()) / 0.1
+    return Outcome("accepts" if found < 0.9 else "safe", f"noise of {found:.2f} σC on each part")
 
 
 # --- noise ---------------------------------------------------------------------------------------

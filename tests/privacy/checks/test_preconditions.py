@@ -51,6 +51,17 @@ class Direct(nn.Module):
         self.layer = nn.Linear(3, 3)
 
 
+class Filter(nn.Module):
+    """Multiplies spectra by learned complex numbers."""
+
+    def __init__(self, dtype=torch.cfloat):
+        super().__init__()
+        self.response = nn.Parameter(torch.ones(2, dtype=dtype))
+
+    def forward(self, x):
+        return torch.fft.irfft(torch.fft.rfft(x) * self.response, n=3)
+
+
 def linear():
     return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
 
@@ -120,6 +131,12 @@ CASES = [
         "Linear at `1`.*torch.nn.utils.parametrizations.weight_norm",
     ),
     ("weight_hooks", Setup(module=weight_hooked(nn.utils.spectral_norm)), "Linear at `1`"),
+    (
+        "complex_weights",
+        Setup(module=nn.Sequential(nn.Linear(3, 3), Filter())),
+        r"real numbers, got `1.response` in torch.complex64. .*torch.complex\(self.real, self.im",
+    ),
+    ("complex_weights", Setup(module=Filter(torch.cdouble)), "got `response` in torch.complex128"),
     (
         "repeated_records",
         over(Subset(DATA, [0, 1, 1, 2])),
@@ -270,6 +287,8 @@ def test_several_reasons_come_in_one_error():
         nn.MultiheadAttention(4, 2),
         norm(),
         norm(affine=True),
+        nn.Sequential(nn.Linear(3, 3), Filter().requires_grad_(False)),
+        Filter(torch.float),
         nn.Sequential(nn.GroupNorm(1, 3), nn.LayerNorm(3), nn.InstanceNorm2d(3)),
         nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(), nn.Embedding(3, 3)),
     ],

@@ -60,6 +60,29 @@ class RMS(nn.Module):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
+class Temperature(nn.Module):
+    """One number of no dimensions, and another."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.shift = nn.Parameter(torch.tensor(-0.3))
+
+    def forward(self, x):
+        return torch.tanh(x * self.scale + self.shift)
+
+
+class Spectrum(nn.Module):
+    """Multiplies by complex numbers, kept as two real parameters; the result is complex."""
+
+    def __init__(self):
+        super().__init__()
+        self.real, self.imag = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return x * torch.complex(self.real, self.imag)
+
+
 class LowRank(nn.Module):
     """An adapter around a frozen layer."""
 

@@ -1,5 +1,6 @@
 """Layers and ways to use them whose per-record gradients equal those of each record alone."""
 
+import torch
 from opacus.layers import DPGRU, DPLSTM, DPRNN
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -10,6 +11,8 @@ from .layer_modules import (
     Apply,
     LowRank,
     Shift,
+    Spectrum,
+    Temperature,
     Token,
     attention,
     flat_bags,
@@ -141,6 +144,20 @@ EQUAL = {
         lambda: Apply(
             lambda m, x: m.a(x, x, x, need_weights=False)[0],
             a=nn.MultiheadAttention(6, 2, batch_first=True),
+        ),
+    ),
+    "scalars": (
+        "vector",
+        lambda: nn.Sequential(nn.Linear(6, 6), Temperature(), nn.Linear(6, 3)),
+    ),
+    "nothing but scalars": ("vector", Temperature),
+    "scalars on a sequence, in a loop": ("sequence", lambda: loop(3, Temperature())),
+    "complex numbers as two real parameters": (
+        "vector",
+        lambda: Apply(
+            lambda m, x: m.b(torch.fft.ifft(m.a(torch.fft.fft(x))).real),
+            a=nn.Sequential(Spectrum(), Spectrum()),
+            b=nn.Linear(6, 3),
         ),
     ),
     "parameters and children": (
