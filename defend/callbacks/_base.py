@@ -40,7 +40,7 @@ class DefendCallback(Callback):
         super().__init__()
         self._home = os.getpid()
         self._state_file = str(Path(tempfile.gettempdir(), f"defend-{uuid.uuid4().hex}.json"))
-        self._is_rank_zero = False
+        self._is_rank_zero = self._told = False
         weakref.finalize(self, _discard, self._state_file, self._home)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,6 +94,7 @@ class DefendCallback(Callback):
             from defend.callbacks import _evidence
 
             _evidence.log_settings(trainer, _gather(trainer, "settings"))
+            self._told = True
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._writes_evidence(trainer):
@@ -115,9 +116,14 @@ class DefendCallback(Callback):
         # Lightning calls this instead of `teardown` when a run fails; for spawned processes, in the
         # original only.
         self.fetch_state()
+        if self._told:  # what was told may not hold any more
+            from defend.callbacks import _evidence
+
+            _evidence.tag_private(trainer, _gather(trainer, "settings"))
         self._end(trainer, pl_module)
 
     def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._told = False
         PatchedStrategy.unwrap(trainer)
         self.clean_up(trainer, pl_module)
 

@@ -18,11 +18,17 @@ def run_logs(trainer: pl.Trainer) -> list[RunLog]:
     ]
 
 
+def tag_private(trainer: pl.Trainer, settings: dict[str, Any]) -> None:
+    """The tag `defend.private`, which a finding in the middle of a fit changes."""
+    for run in run_logs(trainer):
+        run.set_tag("defend.private", str(bool(settings.get("private", False))).lower())
+
+
 def log_settings(trainer: pl.Trainer, settings: dict[str, Any]) -> None:
     """Parameters, and the tag `defend.private`."""
     for run in run_logs(trainer):
         run.log_params(settings)
-        run.set_tag("defend.private", str(bool(settings.get("private", False))).lower())
+    tag_private(trainer, settings)
 
 
 def log_card(trainer: pl.Trainer, settings: dict[str, Any], results: dict[str, Any]) -> None:

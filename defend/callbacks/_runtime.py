@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from defend.training.runtime import Context
 
+_LIBRARIES = ("lightning", "pytorch_lightning", "defend")  # of callbacks
+
 
 class TrainerRuntime:
     """The loop of a Trainer (`defend.training.runtime.Runtime`).
@@ -47,6 +49,12 @@ class TrainerRuntime:
     def half(self) -> bool:
         """Whether the step computes in half precision."""
         return self._trainer.precision == "bf16-mixed"
+
+    def user_code(self) -> list[Any]:
+        trainer = self._trainer
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        users = [c for c in callbacks if type(c).__module__.partition(".")[0] not in _LIBRARIES]
+        return [getattr(trainer, "datamodule", None), *users]
 
     def autocast(self) -> Context:
         return self._trainer.precision_plugin.forward_context()

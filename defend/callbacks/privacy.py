@@ -43,9 +43,10 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
     `noise_multiplier` to set σ; with both, training stops before the step that would exceed the
     target.
 
-    The global RNGs of torch, numpy and Python are seeded from the OS during the fit, since dropout
-    masks and augmentations must not be known either, and put back afterwards; so a private run
-    does not repeat, whatever `seed_everything` says.
+    The global RNGs of torch, numpy and Python, and generators that data set, module and callbacks
+    keep, are started from OS entropy before each batch and each forward, since dropout masks and
+    augmentations must not be known either, and put back after the fit; so a private run does not
+    repeat, whoever calls `seed_everything`.
 
     *Guarantee.* After training, the weights are (`epsilon`, δ)-DP for adding or removing one
     record; `defend.privacy` says what is and is not covered. What would break it in silence is

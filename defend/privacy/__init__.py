@@ -28,9 +28,11 @@ respect to the training data set:
   objectives of your own are tried out by the self-test, on seven records and at a few moments.
 - **Sampling**: every record joins every batch independently with probability q (Poisson). An empty
   batch takes its noised step. With several processes there is one mask for all.
-- **Randomness**: masks, noise, random starts of attacks, and the global RNGs that dropout and
-  augmentation draw from are secret, drawn anew at each fit, and independent for each record; so a
-  record's numbers may be thought of as its own, and leaving it out changes no other record's.
+- **Randomness**: masks, noise and random starts of attacks come from a secret root, new at each
+  fit. What user code draws from (the global generators, and those that are found on data set,
+  collate function, module and callbacks) starts from OS entropy anew before each batch is loaded,
+  in workers too, and before each attack and each forward of the step. Secret numbers that are
+  independent for each record may be thought of as its own: leaving it out changes no other's.
 - **Accounting**: the Poisson-subsampled Gaussian mechanism composed over all steps that the
   ledger and the checkpoint know, at the σ and q that each step had, by PRV (Gopi et al. 2021,
   arXiv 2106.02848) or RDP (Mironov et al. 2019, arXiv 1908.10530). A step is written to the ledger
@@ -44,9 +46,10 @@ respect to the training data set:
   An ε warm-up of the attack follows the number of the step alone, and costs nothing either.
 
 **What it rests on**, and how it is held: the step treats each record alone and takes the plain mean
-(`selftest` tries it on a copy before step 0); every gradient that reaches the weights went through
-clip and noise (`guard` refuses any other optimizer step); the set-up has none of the known breaks
-(`preconditions`, one table).
+(`selftest` tries it on a copy before step 0 and now and then later); every gradient that reaches
+the weights went through clip and noise (`guard` refuses any other optimizer step); the set-up has
+none of the known breaks (`preconditions`, one table). What none of these sees is the user's
+promise: `docs/where_your_code_runs.md` lists it.
 
 **Covered**: the weights after every step, and whatever is computed from them without the training
 data; C where it is learned; σ, q, steps and ε, given N.

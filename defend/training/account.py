@@ -129,6 +129,17 @@ class FitAccount:
 
         processes.from_first(write)
 
+    def doubt(self, since: int) -> None:
+        """Mark the account, and its ledger, as not private: a step was found to be unsound.
+
+        Args:
+            since: steps of this fit after which nothing was found for the last time.
+        """
+        self.budget.budget.doubt()
+        for ledger in self.ledgers:
+            ledger.doubt(self.budget.name, since=since)
+            self._account.anchor = ledger.anchor
+
     def charge(self, noise_multiplier: float, max_grad_norm: float) -> int:
         """On disk first, then in memory; only then may the step be noised and taken.
 

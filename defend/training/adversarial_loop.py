@@ -90,15 +90,9 @@ class AdversarialLoop:
     def attacked(self, batch: Any, generator: torch.Generator | None = None) -> Any:
         """The batch with adversarial inputs, for a loop that does all the rest itself.
 
-        Beside `make_private` its own `adversarial=` does it all. By hand, attack the whole batch
-        before the step, from secret random numbers:
-
-            for batch in private.loader:
-                private.step(loop.attacked(batch, private.attack_generator()))
-
-        The attack must then treat each record alone, as `PGD` does. With a clean fraction each
-        record tosses a coin of its own here, as DP-SGD needs; `step` leaves the same number of
-        records clean in every batch.
+        With a clean fraction each record tosses a coin of its own here; `step` leaves the same
+        number of records clean in every batch. Not for a private loop, which refuses a batch that
+        was changed: there `make_private(..., adversarial=...)` attacks.
 
         Args:
             batch: in any container; it is left as it is.

@@ -22,6 +22,11 @@ def step_under_test(
         settings: further fields of `StepUnderTest`.
     """
     adversarial = None if step.adversarial is None else step.adversarial.for_dry_run()
+    user_code = step.runtime.user_code()
+    if step.data is not None:
+        user_code.append(step.data.original.collate_fn)
+    if adversarial is not None:
+        user_code.append(adversarial.attack.source)
 
     def on(module: nn.Module) -> TrainingStep:
         return TrainingStep(CopyRuntime(step.runtime, module), adversarial, step.data)
@@ -40,5 +45,6 @@ def step_under_test(
         attack=None if adversarial is None else attack,
         attack_reseeded=None if adversarial is None else attack,
         backward=on(step.runtime.module).backward,  # asks no module
+        user_code=user_code,
         **settings,
     )

@@ -11,18 +11,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from defend.batching.memory import rows_that_fit
+from defend.errors import PrivacyError
 from defend.privacy.accounting.budget import Budget
-from defend.privacy.checks.dry_run import DryRun, is_due
+from defend.privacy.checks.dry_run import DryRun
 from defend.privacy.checks.selftest import RECORDS, SelfTest
 from defend.privacy.checks.step_under_test import StepUnderTest
 from defend.privacy.mechanism.clipping import checked_noise
-from defend.privacy.mechanism.randomness import make_global_rng_secret
 from defend.privacy.mechanism.schedules import factor
 from defend.privacy.mechanism.shard import Shard
 from defend.privacy.mechanism.step import PrivateStep, StepSettings
 from defend.training.account import Account, FitAccount, claim
 from defend.training.chunks import Chunk, chunks_of, drawn_as
 from defend.training.config import Privacy
+from defend.training.looks import Looks
 from defend.training.private_data import PrivateData
 
 ADJACENCY = "add or remove one record"
@@ -125,7 +126,7 @@ class PrivateTraining:
             # Not earlier: a split of the data that is drawn from `seed_everything` has to be the
             # same on all ranks, and the same again in the next run.
             if settings.insecure_seed is None:
-                stack.callback(make_global_rng_secret())
+                data.sampler.before_batch = stack.enter_context(dry_run.secret_numbers())
             digest = data.digest()
             account = stack.enter_context(
                 self.account.open(
@@ -217,8 +218,12 @@ class PrivateFit:
     ) -> None:
         self.data, self.account, self.step = data, account, step
         self._training, self._dry_run, self._stack = training, dry_run, stack
-        self._epochs = self._steps = 0
+        self._looks = Looks(data.coin, alone=data.processes.world_size == 1)
         data.sampler.next_step = account.budget.next_step
+
+    def renew_randomness(self) -> None:
+        """Whatever seeds were set since, user code draws secret numbers from here on."""
+        self.data.sampler.before_batch()
 
     def chunks(self, batch: Any) -> Iterator[Chunk]:
         """Begin a logical batch, and give its chunks; each is to be run within `with chunk:`.
@@ -228,7 +233,8 @@ class PrivateFit:
         """
         training, step, budget = self._training, self.step, self.account.budget
         drawn = drawn_as(batch, self.data)
-        self._try_out_again()
+        if self._looks.are_due(self.data.sampler.epochs) and training.settings.selftest:
+            self.look()
         step.noise_multiplier = budget.next_noise
         schedule = training.settings.clip_schedule
         if schedule is not None:
@@ -236,21 +242,28 @@ class PrivateFit:
             training.max_grad_norm = training.settings.max_grad_norm * at
         step.max_grad_norm = training.max_grad_norm
         step.begin()
-        yield from chunks_of(batch, drawn, step, self.data)
+        for chunk in chunks_of(batch, drawn, step, self.data):
+            self.renew_randomness()  # an attack, or the chunk before, may have seeded
+            yield chunk
 
-    def _try_out_again(self) -> None:
-        """The self-test in short, now and then: a step may change its ways."""
-        epochs = self.data.sampler.epochs
-        first = epochs > self._epochs
-        due = is_due(self._steps, epochs - 1, first_of_epoch=first)
-        self._epochs, self._steps = epochs, self._steps + 1
-        if not (due and self._training.settings.selftest):
-            return
-        with self.step.paused():
-            found = self._dry_run.selftest()
-        if found is not None and found.findings:
+    def look(self) -> None:
+        """The self-test in short, on a copy of the module as it is now.
+
+        Raises:
+            PrivacyError: for what it finds; the account is no longer `private` then.
+        """
+        with self._looks.timed():
+            with self.step.paused():
+                found = self._dry_run.selftest()
+            if found is None or found.passed:
+                return
             self._training.selftest = found
-            found.require()
+            self.account.doubt(self._looks.good)
+            raise PrivacyError(
+                f"{found.error()}\nThe last look that found nothing was after step "
+                f"{self._looks.good} of this fit. What its steps spent since then is not known: "
+                "the account is marked as not private."
+            )
 
     def fold(self) -> None:
         """After a chunk's backward: clip, sum, and forget its raw gradients. Safe to call twice."""

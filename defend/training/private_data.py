@@ -122,6 +122,16 @@ class PrivateData:
             return self.randomness.generator("probe", number, device, rank=rank)
         return self.randomness.generator("attack", self.sampler.next_step, device, rank=rank)
 
+    def coin(self, step: int) -> float:
+        """A secret number in [0, 1) for a step of the fit, the same on all processes.
+
+        With `insecure_seed` it is 1: such a run is to repeat exactly, and nothing in it is private.
+        """
+        if not self.randomness.private:
+            return 1.0
+        generator = self.randomness.generator("look", step)
+        return float(torch.rand((), generator=generator))
+
     def forget(self) -> None:
         """The loader draws no further batch, and holds no secret. Safe to call twice."""
         self.sampler.forget()

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
@@ -19,6 +18,7 @@ from defend.training.config import Adversarial, Privacy, check_adversarial, chec
 from defend.training.dry_run_step import step_under_test
 from defend.training.private import PrivateFit, PrivateTraining
 from defend.training.private_data import PrivateData
+from defend.training.recorded_loader import RecordedLoader
 from defend.training.reporting import PrivacyReport
 from defend.training.runtime import Loss, PlainRuntime, runtime_of
 from defend.training.step import TrainingStep
@@ -45,7 +45,7 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
         taken: int,
         planned: int,
     ) -> None:
-        self.loader = fit.data.loader
+        self.loader = RecordedLoader(fit.data.loader)
         self.steps_per_epoch = fit.data.sampler.steps
         self._training, self._budget = training, fit.account.budget
         self._taken, self._planned = taken, planned
@@ -61,8 +61,7 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
         was drawn may not be dropped. Go on with `make_private(..., state=private.state_dict())`.
 
         Args:
-            batch: from `loader`. It may have been changed since, as long as row i still comes from
-                record i alone: an attack on the whole batch, say.
+            batch: from `loader`, as it was given; it may have been moved to another device.
 
         Returns:
             The mean loss over the rows of the last chunk, detached. It is computed from the data
@@ -79,6 +78,7 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
             )
         optimizer, runtime, step, fit = self._open
         try:
+            self.loader.check(batch)
             optimizer.zero_grad()
             runtime.batches = self._taken + 1
             loss = step.gradient(runtime.to_device(batch), fit)
@@ -92,19 +92,6 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
 
     def _up_to_date(self) -> PrivateTraining:
         return self._training
-
-    def attack_generator(self) -> torch.Generator:
-        """Secret numbers for an attack's random starts in the current step.
-
-        Attack the whole batch before `step`, once: each call starts from the same numbers.
-        """
-        if self._open is None:
-            raise PrivacyError(
-                "Expected an open loop, got one that was closed: its secrets are gone. Go on with "
-                "make_private(..., state=private.state_dict())."
-            )
-        _, runtime, _, fit = self._open
-        return fit.data.attack_generator(runtime.device)
 
     def rates(self) -> dict[str, float]:
         """Shares of the attack's input gradients that were zero, and not finite, since last asked.
@@ -167,8 +154,8 @@ def make_private(
 
         make_private(..., adversarial=Adversarial(PGD(Linf(0.1)), objective=TRADES(6.0)))
 
-    or attack the whole batch yourself before the step, with `private.attack_generator()` for its
-    random starts.
+    A batch goes into `step` as the loader gave it: what is done to records belongs into the data
+    set, the collate function or `loss`, where the self-test sees it.
 
     Under torchrun wrap the model in DistributedDataParallel first, and give each process the whole
     data set: all share one Poisson mask over it, and `batch_size` times the number of processes is

@@ -52,7 +52,10 @@ class PrivacyReport:
 
     @property
     def private(self) -> bool:
-        """Whether `epsilon` means anything: no step used a fixed seed or went without noise."""
+        """Whether `epsilon` means anything.
+
+        Not where a step used a fixed seed, went without noise or was found to be unsound.
+        """
         return self._up_to_date().budget.private
 
     @property

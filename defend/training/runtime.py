@@ -32,6 +32,9 @@ class Runtime(Protocol):
     def on_copy(self) -> bool:
         """Whether the step is only tried out, on a copy of the module."""
 
+    def user_code(self) -> list[Any]:
+        """Objects of the user's, beside module and data set, whose code runs in a step."""
+
     def autocast(self) -> Context:
         """What forwards of attacks and objectives run under."""
 
@@ -133,6 +136,9 @@ class PlainRuntime:
         self.batches = 0
         self.steps_per_epoch: int | None = None
         self.randomness = Randomness()
+
+    def user_code(self) -> list[Any]:
+        return [self._loss]
 
     def autocast(self) -> Context:
         """Nothing: a `torch.autocast` of the user's own stays in force."""

@@ -51,6 +51,7 @@ class TrainingStep:
     def gradient(self, batch: Any, fit: PrivateFit) -> Any:
         """Private: the clipped sum over a logical batch; what the user's step returned last."""
         output = None
+        fit.renew_randomness()
         for chunk in fit.chunks(self.attack(batch)):
             with chunk:  # folds at its end; where memory runs out it is taken again in halves
                 output = self._gradient_of(chunk)

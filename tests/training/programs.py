@@ -24,7 +24,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from defend import PGD, AdversarialTraining, DifferentialPrivacy, Linf, RobustnessEvaluation
+from defend import (
+    PGD,
+    Adversarial,
+    AdversarialTraining,
+    DifferentialPrivacy,
+    Linf,
+    RobustnessEvaluation,
+)
 from defend.objectives import AWP, MART, TRADES, Madry
 from defend.privacy import AdaptiveClipping, Randomness
 from tests.distributed import launch, process_group, torchrun
@@ -62,7 +69,7 @@ def gradients(module):
 
 
 def plain(world, *, records=64, batch=16, epochs=2, lr=0.05, loss=mean_loss, wrap=True,
-          sharded=False, attack=None, spoil=lambda private: None, **settings):  # fmt: skip
+          sharded=False, spoil=lambda private: None, **settings):  # fmt: skip
     """`make_private` in a plain loop, under DDP if there are several processes."""
     torch.manual_seed(0)
     model = mlp()
@@ -74,7 +81,7 @@ def plain(world, *, records=64, batch=16, epochs=2, lr=0.05, loss=mean_loss, wra
     settings = {**SETTINGS, **settings}
     with private_loop(wrapped, optimizer, loader, loss=loss, epochs=epochs, **settings) as private:
         spoil(private)
-        return _loop(private, wrapped, epochs, attack)
+        return _loop(private, wrapped, epochs)
 
 
 def fabric(world, *, precision="32-true", **settings):
@@ -102,13 +109,12 @@ def under_fabric(run, settings):
         return _loop(private, wrapped, 2)
 
 
-def _loop(private, model, epochs, attack=None):
+def _loop(private, model, epochs):
     report = {"released": [], "rows": [], "masks": []}
     sampler = fit_of(private).data.sampler
     for epoch in range(epochs):
         for step, (x, y) in enumerate(private.loader):
-            x_adv = x if attack is None else attack(model, x, y)
-            private.step((x_adv, y))
+            private.step((x, y))
             report["released"].append(gradients(model))
             report["rows"].append(x[:, 0])
             report["masks"].append(sampler.sample(epoch * private.steps_per_epoch + step))
@@ -226,7 +232,9 @@ QUIET = {"lr": 0.0, "epochs": 16}
 CASES = {
     "plain exact": ("plain", {"chunk_size": FEW}),
     "plain empty ranks": ("plain", {"records": 12, "batch": 2, "epochs": 6}),
-    "plain shards": ("plain", {"sharded": True, "attack": ATTACK, "chunk_size": FEW}),
+    "plain shards": (
+        "plain", {"sharded": True, "adversarial": Adversarial(ATTACK), "chunk_size": FEW},
+    ),
     "plain adaptive": ("plain", {"clipping": AdaptiveClipping(), "chunk_size": FEW}),
     "plain no seed": ("plain", {"insecure_seed": None, "noise_multiplier": 1.0}),
     "plain noise": ("plain", {**QUIET, "noise_multiplier": SIGMA}),

@@ -80,19 +80,18 @@ def mlp():
 def released(records, attack, clean_fraction=0.0, model=None):
     """The clipped sum of one step on adversarial records."""
     model = model or mlp()
-    loop = loop_of(model, attack, clean_fraction=clean_fraction)
-    with no_noise(model, records, selftest=len(records) > 2) as dp:
+    adversarial = Adversarial(attack, clean_fraction=clean_fraction)
+    with no_noise(model, records, selftest=False, adversarial=adversarial) as dp:
         for batch in dp.loader:
-            dp.step(loop.attacked(batch, dp.attack_generator()))
+            dp.step(batch)
             gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-        selftest = dp.selftest
-    assert selftest is None or selftest.passed
-    return gradient * len(records), loop
+        rates = dp.rates()
+    return gradient * len(records), rates
 
 
 def test_a_private_step_on_adversarial_records_equals_the_reference():
     records, attack = data(16), PGD(Linf(0.1), steps=3, random_start=False)
-    found, loop = released(records, attack)
+    found, rates = released(records, attack)
     x, y = records.tensors
     model = mlp()
     x_adv = attack(model, x, y)
@@ -100,7 +99,7 @@ def test_a_private_step_on_adversarial_records_equals_the_reference():
     total = clipped_sum(model, lambda a, b: F.cross_entropy(model(a), b), pairs, 0.5)
     expected = torch.cat([t.flatten() for t in total])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert loop.rates()["attack/zero_grad_rate"] == 0.0  # counted here too
+    assert rates["attack/zero_grad_rate"] == 0.0  # counted here too
 
 
 def test_one_record_moves_the_sum_by_no_more_than_one_clip():
@@ -123,18 +122,26 @@ def test_one_record_moves_the_sum_by_no_more_than_one_clip():
 
 
 def test_coins_and_starts_are_new_at_each_private_step():
-    model, x_advs = mlp(), []
-    loop = loop_of(model, clean_fraction=0.5)
-    with private(model, epochs=2) as dp:
-        for batch in dp.loader:
-            adv = loop.attacked(batch, dp.attack_generator())
-            again = loop.attacked(batch, dp.attack_generator())
-            assert torch.equal(adv[0], again[0])  # of one step
-            x_advs.append((adv[0] != batch[0]).any(1).double().mean())
-            dp.step(adv)
-    shares = torch.stack(x_advs)
+    model, seen = mlp(), []
+
+    def looking(model, batch):
+        seen.append((batch[0], batch[1]))
+        return mean_loss(model, batch)
+
+    adversarial = Adversarial(ATTACK, clean_fraction=0.5)
+    records = data(256)
+    with private(
+        model, loss=looking, epochs=2, selftest=False, chunk_size=None, adversarial=adversarial
+    ) as dp:
+        for _ in range(2):
+            for batch in dp.loader:
+                dp.step(batch)
+                clean = (seen[-1][0][:, None] == records.tensors[0][None]).all(2).any(1)
+                seen[-1] = (~clean).double().mean()
+    shares = torch.stack(seen)
+    assert len(shares) == 16
     assert len(set(shares.tolist())) > 1  # coins, not a fixed number
-    assert abs(shares.mean() - 0.5) < 4 * 0.5 / 256**0.5
+    assert abs(shares.mean() - 0.5) < 4 * 0.5 / 512**0.5
 
 
 # --- mistakes -------------------------------------------------------------------------------------

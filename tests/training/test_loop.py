@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from defend import PGD, AdversarialTraining, BudgetError, Linf
+from defend import PGD, Adversarial, AdversarialTraining, BudgetError, Linf, PrivacyError
 from defend.callbacks import DifferentialPrivacy
 from defend.privacy import PoissonBatchSampler, Randomness, epsilon, noise_multiplier_for
 from tests.helpers import data, flat, loader, trainer
@@ -63,13 +63,9 @@ def test_equals_the_callback(robust):
     callback = DifferentialPrivacy(**SETTINGS, insecure_seed=5)
     callbacks = [callback, *([AdversarialTraining(attack)] if robust else [])]
     trainer(callbacks=callbacks, max_epochs=2).fit(module, loader(256, 32))
-    with private(model, epochs=2, insecure_seed=5) as loop:
-        for _ in range(2):
-            for x, y in loop.loader:
-                adversarial = x
-                if robust:
-                    adversarial = attack(model, x, y, generator=loop.attack_generator())
-                loop.step((adversarial, y))
+    adversarial = Adversarial(attack) if robust else None
+    loop = private(model, epochs=2, insecure_seed=5, adversarial=adversarial)
+    train(loop, epochs=2)
     torch.testing.assert_close(flat(model), flat(module), rtol=0, atol=1e-6)
     assert loop.epsilon == callback.epsilon
     assert loop.history == callback.history
@@ -109,17 +105,111 @@ def test_two_loops_of_one_seed_draw_different_noise_and_batches():
 
 
 def test_random_starts_are_secret_and_new_at_each_step():
-    def numbers(loop):
-        return torch.rand(4, generator=loop.attack_generator()).tolist()
-
     starts = []
+
+    def attack(model, x, y, *, generator, chunk_size):
+        starts.append(tuple(torch.rand(4, generator=generator).tolist()))
+        return x
+
     for _ in range(2):
-        with private(net()) as loop:
-            for batch in loop.loader:
-                starts.append(numbers(loop))
-                assert numbers(loop) == starts[-1]  # of one step: the same
-                loop.step(batch)
-    assert len({tuple(s) for s in starts}) == 16
+        torch.manual_seed(0)
+        train(private(net(), adversarial=Adversarial(attack), selftest=False))
+    assert len(starts) == len(set(starts)) == 16
+
+
+# --- what goes into a step ------------------------------------------------------------------------
+
+
+def mixed(batch):
+    return [0.7 * batch[0] + 0.3 * batch[0].roll(1, 0), batch[1]]
+
+
+def standardized_in_place(batch):
+    batch[0].sub_(batch[0].mean(0))
+    return batch
+
+
+def labels_moved(batch):
+    return [batch[0], batch[1].roll(1)]
+
+
+def another(batch):
+    return [torch.rand_like(batch[0]), batch[1]]
+
+
+@pytest.mark.parametrize("change", [mixed, standardized_in_place, labels_moved, another])
+def test_a_batch_that_was_changed_before_its_step_is_refused(change):
+    model = net()
+    before = flat(model).clone()
+    with private(model) as loop:
+        batch = next(iter(loop.loader))
+        with pytest.raises(
+            PrivacyError, match="as the private loader gave it, got another, or one that was"
+        ):
+            loop.step(change(batch))
+    assert loop.steps == 0
+    assert torch.equal(flat(model), before)
+    assert_closed(model)
+
+
+def test_batches_may_be_kept_and_copied_before_their_steps():
+    loop = private(net())
+    with loop:
+        for batch in list(loop.loader):
+            loop.step([batch[0].clone(), batch[1].clone()])
+    assert loop.steps == len(loop.loader) == 8
+    assert loop.loader.batch_sampler is not None  # an attribute of the loader itself
+
+
+class Criterion(torch.nn.Module):
+    """Cross-entropy with a temperature of its own, or a centre for each class."""
+
+    def __init__(self, grad=True):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3), requires_grad=grad)
+
+    def forward(self, model, batch):
+        return F.cross_entropy(model(batch[0]) * self.scale, batch[1])
+
+
+def with_a_teacher(model, batch):
+    soft = TEACHER(batch[0]).softmax(1)
+    return F.cross_entropy(model(batch[0]), soft)
+
+
+torch.manual_seed(1)
+TEACHER = torch.nn.Linear(8, 3)
+
+
+@pytest.mark.parametrize("loss", [Criterion(), with_a_teacher], ids=["criterion", "teacher"])
+def test_weights_outside_the_model_are_refused(loss):
+    with pytest.raises(PrivacyError, match=r"outside of it, raw\. Make it a part of the module"):
+        private(net(), loss=loss)
+
+
+def test_what_gets_no_gradient_outside_of_the_model_may_be_there():
+    def taught(model, batch):
+        with torch.no_grad():
+            soft = TEACHER(batch[0]).softmax(1)
+        return F.cross_entropy(model(batch[0]), soft)
+
+    for loss in (Criterion(grad=False), taught):
+        assert train(private(net(), loss=loss)).steps == 8
+
+
+def test_a_criterion_inside_of_the_model_trains():
+    class Scale(Criterion):
+        def forward(self, x):
+            return x * self.scale
+
+    model = net()
+    model.criterion = Scale()
+
+    def loss(model, batch):
+        return F.cross_entropy(model.criterion(model(batch[0])), batch[1])
+
+    assert train(private(model, loss=loss)).steps == 8
+    assert not torch.equal(model.criterion.scale, torch.ones(3))
 
 
 def test_empty_batches_take_their_noised_step():

@@ -98,18 +98,18 @@ def test_no_step_can_be_taken_behind_its_back():
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    "make",
     [
-        (lambda loop, batch: next(iter(DataLoader(data(8), batch_size=8))), r"rows.* got 8"),
-        (lambda loop, batch: (batch[0][1:], batch[1][1:]), r"one for each sampled record, got"),
-        (lambda loop, batch: "no tensor", r"one for each sampled record, got None"),
+        lambda batch: next(iter(DataLoader(data(8), batch_size=8))),
+        lambda batch: (batch[0][1:], batch[1][1:]),
+        lambda batch: "no tensor",
     ],
 )
-def test_a_batch_that_was_not_drawn_is_refused(make, message):
+def test_a_batch_that_was_not_drawn_is_refused(make):
     with private(net(), insecure_seed=5) as loop:
         batch = next(iter(loop.loader))
-        with pytest.raises(PrivacyError, match=message):
-            loop.step(make(loop, batch))
+        with pytest.raises(PrivacyError, match="as the private loader gave it, got another"):
+            loop.step(make(batch))
 
 
 def test_a_batch_without_the_loader_or_twice_is_refused():

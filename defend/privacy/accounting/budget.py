@@ -81,8 +81,15 @@ class Budget:
 
     @property
     def private(self) -> bool:
-        """Whether ε means anything: no step used a fixed seed or went without noise."""
+        """Whether ε means anything.
+
+        Not where a step used a fixed seed, went without noise or was found to be unsound.
+        """
         return not self._insecure and self.noise_multiplier != 0 and math.isfinite(self.epsilon)
+
+    def doubt(self) -> None:
+        """What was spent is not known any more: a step was found to be unsound."""
+        self._insecure = True
 
     def open(self, *, sample_rate: float, planned: float, done: int) -> "FitBudget":
         """Fix σ and the number of steps that a fit may take.

@@ -57,6 +57,7 @@ class Ledger:
         self.facts: dict[str, Entry] = {}
         self._descriptor: int | None = descriptor
         self._fits: dict[str, list[Segment]] = {}
+        self._doubted = False
         self._lines = 0
         self._digest = ""
         self._end = 0  # bytes
@@ -107,8 +108,8 @@ class Ledger:
 
     @property
     def insecure(self) -> bool:
-        """Whether any fit used a fixed seed."""
-        return any(facts["insecure"] for facts in self.facts.values())
+        """Whether any fit used a fixed seed, or was found to be unsound."""
+        return self._doubted or any(facts["insecure"] for facts in self.facts.values())
 
     def begin(self, fit: str, *, insecure: bool, **facts: Any) -> None:
         """Write down a fit before its first step.
@@ -147,6 +148,18 @@ class Ledger:
         if fit not in self._fits:
             raise InputError(f"Expected the name of a fit, got {fit!r}. Call `begin` first.")
         self._append(lines.step_line(fit, (noise_multiplier, sample_rate, max_grad_norm)))
+
+    def doubt(self, fit: str, *, since: int) -> None:
+        """Write down that what a fit spent is not known, from one of its steps on.
+
+        Args:
+            fit: a fit that was begun.
+            since: how many of its steps still hold.
+
+        Raises:
+            PrivacyError: if the line cannot be written.
+        """
+        self._append({"kind": "note", "fit": fit, "doubted_since": since})
 
     def close(self) -> None:
         """Give the lock back. Closing twice is fine."""
@@ -211,6 +224,7 @@ class Ledger:
         self._lines += 1
         self._digest = entry["digest"]
         lines.count(self._fits, entry)
+        self._doubted |= "doubted_since" in entry
         if entry["kind"] == "fit":
             held = ("kind", "fit", "digest")
             self.facts[entry["fit"]] = {k: v for k, v in entry.items() if k not in held}

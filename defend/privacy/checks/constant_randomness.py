@@ -1,6 +1,5 @@
 """Random numbers held constant, so that a record's gradient can be compared across batches."""
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.cuda import manual_seed_all as seed_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from defend.privacy.checks.ignored_seeds import repeatable_generators
+from defend.privacy.mechanism.generators import (
+    GLOBAL,
+    WORDS,
+    Generator,
+    put_back,
+    start,
+    state_of,
+)
 
 
 class ConstantRandomness(TorchDispatchMode):
@@ -107,16 +117,29 @@ _CONSTANTS: dict[str, Callable[[Mapping[str, Any], float], Any]] = {
 
 
 @contextmanager
-def seeded(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
-    """The global RNGs of torch, numpy and Python start from `seed`, and are put back afterwards."""
+def seeded(
+    seed: int, devices: Sequence[torch.device], generators: Sequence[Generator] = ()
+) -> Iterator[None]:
+    """The global RNGs of torch, numpy and Python start from `seed`, and are put back afterwards.
+
+    Args:
+        seed: ≥ 0.
+        devices: whose RNGs are meant, beside the CPU's.
+        generators: that user code keeps; they start from the seed, too.
+    """
     cuda = [d for d in devices if d.type == "cuda"]
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
-    with torch.random.fork_rng(cuda, device_type="cuda"):
-        torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
-        random.seed(seed)
+    before = [(g, state_of(g)) for g in (*GLOBAL[1:], *generators)]
+    with torch.random.fork_rng(cuda, device_type="cuda"), repeatable_generators():
+        # By their own methods: `torch.manual_seed` and the like may be without effect just now.
+        torch.default_generator.manual_seed(seed)
+        for users in GLOBAL[1:]:
+            users.seed(seed)  # type: ignore[union-attr, call-arg]
+        if cuda:
+            seed_cuda(seed)
+        for number, generator in enumerate(generators):
+            start(generator, np.random.SeedSequence([seed, number]).generate_state(WORDS))
         try:
             yield
         finally:
-            np.random.set_state(numpy_state)  # noqa: NPY002
-            random.setstate(python_state)
+            for generator, state in before:
+                put_back(generator, state)

@@ -1,6 +1,8 @@
 """Dry runs of a user's own step on records of the data: before step 0, and again now and then."""
 
 import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +17,8 @@ from defend.privacy.checks.selftest import RECORDS, SelfTest, selftest
 from defend.privacy.checks.step_under_test import StepUnderTest
 from defend.privacy.gradients.per_record import PerRecordGradients
 from defend.privacy.mechanism.gaussian import clip_factors
+from defend.privacy.mechanism.generators import generators_in
+from defend.privacy.mechanism.user_randomness import UserRandomness
 
 
 class DryRun:
@@ -73,6 +77,14 @@ class DryRun:
         with torch.random.fork_rng([device], device_type="cuda"):
             return memory.peak_bytes(lambda: self._step_on(batch, count), device)
 
+    @contextmanager
+    def secret_numbers(self) -> Iterator[Callable[..., None]]:
+        """Inside, what the user's code draws is secret; gives what renews it."""
+        code = (self.dataset, self.module, *self.step.user_code)
+        users = UserRandomness(code, self.step.share)
+        with users.secret():
+            yield users.renew
+
     def views_are_alike(self) -> bool:
         """Whether the views of a record are the same rows: K times the work for nothing."""
         rows, views = tensors_of(self.step.collate(self._load(0, most=1))), self.step.views
@@ -84,7 +96,8 @@ class DryRun:
 
     def _load(self, turn: int, most: int | None = None) -> list[list[Any]]:
         """Records, each as the items that the data set gives for it, one a view."""
-        with seeded(turn, ()):
+        generators = generators_in((self.dataset, *self.step.user_code), self.step.share)
+        with seeded(turn, (), generators):
             positions = positions_to_try(self.dataset, self.records, turn)[:most]
             return [[self.dataset[i] for _ in range(self.step.views)] for i in positions]
 

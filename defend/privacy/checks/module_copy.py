@@ -58,21 +58,9 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def generators_of(module: nn.Module) -> list[tuple[torch.Generator, Tensor]]:
-    """The random generators that modules hold, and where they stand."""
-    values = (v for m in module.modules() for v in vars(m).values())
-    return [(v, v.get_state()) for v in values if isinstance(v, torch.Generator)]
-
-
 @torch.no_grad()
-def restore(
-    module: nn.Module,
-    state: dict[str, Tensor],
-    generators: Sequence[tuple[torch.Generator, Tensor]] = (),
-) -> None:
-    """Put parameters, buffers and generators back, and forget gradients."""
-    for generator, place in generators:
-        generator.set_state(place)
+def restore(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put parameters and buffers back, and forget gradients."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if name in state:
             tensor.data.copy_(state[name])

@@ -22,7 +22,6 @@ from torch import nn
 
 from defend.errors import InputError, PrivacyError
 from defend.privacy.checks.comparisons import Comparisons
-from defend.privacy.checks.constant_randomness import seeded
 from defend.privacy.checks.module_copy import copy_of_module
 from defend.privacy.checks.step_on_copy import StepOnCopy
 from defend.privacy.checks.step_under_test import StepUnderTest
@@ -49,13 +48,17 @@ class SelfTest:
     def passed(self) -> bool:
         return not self.findings
 
+    def error(self) -> PrivacyError:
+        """What lists the findings."""
+        return PrivacyError(
+            "The self-test on your own step and data found that this run would not be "
+            "private.\n" + "\n".join(f"- {finding}" for finding in self.findings)
+        )
+
     def require(self) -> None:
         """Raise a `PrivacyError` that lists the findings, if there are any."""
         if self.findings:
-            raise PrivacyError(
-                "The self-test on your own step and data found that this run would not be "
-                "private.\n" + "\n".join(f"- {finding}" for finding in self.findings)
-            )
+            raise self.error()
 
 
 def selftest(
@@ -82,6 +85,7 @@ def selftest(
             random numbers each time, and with an attack the third, since an attack goes other ways
             once the model has learned something.
 
+
     Returns:
         The findings; `require()` raises if there are any.
 
@@ -98,7 +102,7 @@ def selftest(
     findings: tuple[str, ...] = ()
     largest = 0.0
     try:
-        with seeded(0, copy.devices):
+        with copy.seeded(0):
             if turn == 0:
                 largest = comparisons.all_parts(rows)
             else:

@@ -32,6 +32,8 @@ class StepUnderTest:
         views: rows of a record, K ≥ 1, next to each other in a batch.
         half: whether the step computes in half precision (autocast), which rounds more.
         share: objects that the module may refer to and that are not to be copied with it.
+        user_code: objects beside module and data set whose code runs in a step and may draw random
+            numbers: a collate function, a loss, callbacks.
         on_look: called with 0, 1, 2, … before each look at the step.
     """
 
@@ -43,4 +45,5 @@ class StepUnderTest:
     views: int = 1
     half: bool = False
     share: Sequence[Any] = ()
+    user_code: Sequence[Any] = ()
     on_look: Callable[[int], None] = _ignore

@@ -1,6 +1,5 @@
 """Where noise and sampling get their randomness: the operating system, unless told otherwise."""
 
-import random
 import secrets
 from collections.abc import Callable
 from typing import Literal
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from defend.errors import InputError
+from defend.privacy.mechanism.generators import WORDS, fill
 from defend.privacy.mechanism.secure import (
     Keystream,
     gaussians_from,
@@ -18,15 +18,10 @@ from defend.privacy.mechanism.secure import (
     uniforms_from,
 )
 
-Stream = Literal["sampling", "noise", "attack", "count", "probe"]
-_STREAMS: dict[str, int] = {"sampling": 0, "noise": 1, "attack": 2, "count": 3, "probe": 4}
-
-# torch's CPU generator is a Mersenne Twister, and `manual_seed` fills its 624 words from 32 bits:
-# noise that is known at one coordinate would give the seed, and with it all the rest, in hours.
-# So the words themselves are set. They lie in the generator's state after a header of 24 bytes,
-# each in a slot of 8.
-_WORDS = 624
-_HEADER = 24
+Stream = Literal["sampling", "noise", "attack", "count", "probe", "look"]
+_STREAMS: dict[str, int] = {
+    "sampling": 0, "noise": 1, "attack": 2, "count": 3, "probe": 4, "look": 5,
+}  # fmt: skip
 
 
 class Randomness:
@@ -135,7 +130,7 @@ class Randomness:
         Args:
             stream: "sampling" for the Poisson mask, "noise" for the Gaussian noise, "attack" for
                 random starts, "count" for noise on the number of records, "probe" for what is
-                drawn to try a step out before training.
+                drawn to try a step out before training, "look" for when to do so later.
             step: number of the step, from 0.
             device: where the generator lives. On the CPU its whole state is filled; elsewhere
                 (CUDA's Philox) its 64-bit key.
@@ -144,7 +139,7 @@ class Randomness:
         generator = torch.Generator(device=device)
         words = self._words(stream, step, rank)
         if generator.device.type == "cpu":
-            return _fill(generator, words)
+            return fill(generator, words)
         return generator.manual_seed(int(words[:2].view(np.uint64)[0]))
 
     def _words(self, stream: Stream, step: int, rank: int) -> np.ndarray:
@@ -153,9 +148,9 @@ class Randomness:
             # SeedSequence is no one-way function: a generator started by it from the root may,
             # through numbers that others see, give away the key of the noise. A keystream does not.
             keystream = self._keystream(stream, step, rank=rank, seeds=True)
-            return np.frombuffer(keystream.take(4 * _WORDS), np.uint32)
+            return np.frombuffer(keystream.take(4 * WORDS), np.uint32)
         sequence = np.random.SeedSequence([self.root, _STREAMS[stream], step, rank], pool_size=8)
-        return sequence.generate_state(_WORDS, np.uint32)
+        return sequence.generate_state(WORDS, np.uint32)
 
     def _keystream(
         self, stream: Stream, step: int, *, rank: int = 0, seeds: bool = False
@@ -165,41 +160,3 @@ class Randomness:
 
     def __repr__(self) -> str:  # the root is a secret; keep it out of logs
         return f"{type(self).__name__}(private={self.private}, secure={self.secure})"
-
-
-def _fill(generator: torch.Generator, words: np.ndarray) -> torch.Generator:
-    """Set the 624 words of a CPU generator, none of them drawn from yet."""
-    state = generator.manual_seed(0).get_state().numpy().copy()
-    state[_HEADER : _HEADER + 8 * _WORDS] = words.astype(np.uint64).view(np.uint8)
-    generator.set_state(torch.from_numpy(state))
-    return generator
-
-
-def make_global_rng_secret() -> Callable[[], None]:
-    """Seed the global RNGs of torch, numpy and Python from OS entropy.
-
-    A record's dropout mask or augmentation is drawn from them at its place in the batch. Were the
-    seed known (`seed_everything`), leaving one record out would change those of all records after
-    it, by a known amount, and the sum would move by more than C. With secret numbers each
-    record's are independent of the others', and they may be thought of as belonging to it.
-
-    Returns:
-        A function that puts the global RNGs back to where they were.
-    """
-    cuda = torch.cuda.is_available()
-    before = (torch.get_rng_state(), np.random.get_state(), random.getstate())  # noqa: NPY002
-    before_cuda = torch.cuda.get_rng_state_all() if cuda else []
-
-    def restore() -> None:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        random.setstate(before[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(before_cuda)
-
-    _fill(torch.default_generator, np.random.SeedSequence().generate_state(_WORDS, np.uint32))
-    np.random.seed(np.random.SeedSequence().generate_state(8, np.uint32))  # noqa: NPY002
-    random.seed(secrets.randbits(256))
-    if cuda:
-        torch.cuda.manual_seed_all(secrets.randbits(63))
-    return restore

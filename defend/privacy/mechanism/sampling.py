@@ -1,19 +1,16 @@
 """Poisson batches: each record joins each batch on its own, with probability q."""
 
 import math
-import random
-import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch.utils.data import DataLoader, Sampler
 
 from defend.errors import PrivacyError
 from defend.privacy.mechanism.randomness import Randomness
 from defend.privacy.mechanism.shard import Shard
+from defend.privacy.mechanism.user_randomness import SecretWorker
 
 
 class Drawn(NamedTuple):
@@ -72,6 +69,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
         drawn: a queue of what was yielded and not yet consumed, in order. The training step takes
             one entry a batch; loader workers and prefetching cannot mix the order up.
         epochs: how many were started.
+        before_batch: called before each batch is drawn, in the process that draws it, with
+            search=True at the start of an epoch; without workers its items come next. Set from
+            outside.
     """
 
     def __init__(
@@ -90,18 +90,21 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.randomness: Randomness | None = randomness
         self.next_step = 0
         self.chunk_size, self.views, self.fixed = chunks
-        self.rank, self.world_size = shard
+        self.shard = shard
         self.drawn: deque[Drawn] = deque()
         self.epochs = 0
+        self.before_batch: Callable[..., None] = _do_nothing
 
     def forget(self) -> None:
         """Drop the source of the masks; only the sizes stay."""
-        self.randomness = None
+        self.randomness, self.before_batch = None, _do_nothing
         self.drawn.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, and a pickle, hold no secret: they draw nothing."""
-        return {**vars(self), "randomness": None, "drawn": deque()}
+        return {
+            **vars(self), "randomness": None, "before_batch": _do_nothing, "drawn": deque(),
+        }  # fmt: skip
 
     def __len__(self) -> int:
         return self.steps
@@ -109,15 +112,18 @@ class PoissonBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         self.drawn.clear()
         self.epochs += 1
-        for step in range(self.next_step, self.next_step + self.steps):
+        first = self.next_step
+        for step in range(first, first + self.steps):
             hits = self.sample(step)
-            largest = len(hits[:: self.world_size])  # rank 0 has the most
+            rank, world_size = self.shard
+            largest = len(hits[::world_size])  # rank 0 has the most
             most = self.records_in_a_chunk
             chunks = max(1, math.ceil(largest / most)) if most else 1
-            mine = hits[self.rank :: self.world_size]
+            mine = hits[rank::world_size]
             least = chunks * most if self.fixed and most else chunks
             padding = max(least - len(mine), 0)
             self.drawn.append(Drawn(len(mine), len(mine) + padding, chunks))
+            self.before_batch(search=step == first)
             yield [i for i in mine + [0] * padding for _ in range(self.views)]
 
     @property
@@ -137,38 +143,15 @@ class PoissonBatchSampler(Sampler[list[int]]):
         return (draws < self.sample_rate).nonzero().flatten().tolist()
 
 
-class SecretWorker:
-    """A `worker_init_fn`: the user's own, and then secret seeds for the worker's global RNGs.
-
-    A seed that is known gives augmentations that are known, and leaving one record out would then
-    change those of all records after it in its batch, by a known amount (see
-    `defend.privacy.mechanism.randomness.make_global_rng_secret`). In a worker only the CPU's RNGs
-    are seeded: a forked process must not touch CUDA.
-
-    *Guarantee.* Each worker starts with OS entropy of its own in torch's, numpy's and Python's
-    global RNGs. Generators that the data set keeps for itself are out of its reach.
-
-    Args:
-        users: the user's `worker_init_fn`, run first, or None. May be pickled if that may.
-    """
-
-    def __init__(self, users: Callable[[int], Any] | None = None) -> None:
-        self.users = users
-
-    def __call__(self, worker: int) -> None:
-        if self.users is not None:
-            self.users(worker)
-        # From a root of its own: that of the run stays in the main process.
-        torch.set_rng_state(Randomness().generator("sampling", 0).get_state())
-        np.random.seed(np.random.SeedSequence().generate_state(8, np.uint32))  # noqa: NPY002
-        random.seed(secrets.randbits(256))
+def _do_nothing(*, search: bool = False) -> None:
+    """Before a batch, where nothing is to be done."""
 
 
 def poisson_loader(loader: DataLoader, sampler: PoissonBatchSampler) -> DataLoader:
     """The user's loader with its batches drawn by `sampler`; everything else as it was.
 
     But for its `generator`: what it would seed are the workers' augmentations, by a known number.
-    For the same reason its workers end with secret seeds (`SecretWorker`), unless the run has an
+    For the same reason its workers draw secret numbers (`SecretWorker`), unless the run has an
     `insecure_seed` and is to repeat exactly.
     """
     settings: dict[str, Any] = {
@@ -186,5 +169,6 @@ def poisson_loader(loader: DataLoader, sampler: PoissonBatchSampler) -> DataLoad
     }
     known = sampler.randomness is not None and not sampler.randomness.private
     if loader.num_workers > 0 and not known:
-        settings["worker_init_fn"] = SecretWorker(loader.worker_init_fn)
+        worker = SecretWorker(loader.worker_init_fn, loader.collate_fn)
+        settings |= {"worker_init_fn": worker.init, "collate_fn": worker.collate}
     return DataLoader(loader.dataset, batch_sampler=sampler, **settings)

@@ -8,7 +8,8 @@ from scipy import stats
 from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 from defend.privacy import Chunking, PoissonBatchSampler, Randomness, Shard
-from defend.privacy.mechanism.sampling import SecretWorker, poisson_loader
+from defend.privacy.mechanism.sampling import poisson_loader
+from defend.privacy.mechanism.user_randomness import SecretWorker
 
 N, Q, STEPS = 200, 0.1, 3000
 
@@ -159,13 +160,39 @@ def test_a_run_with_an_insecure_seed_keeps_the_users_seeds():
     assert torch.equal(once, again)
 
 
-def test_only_loaders_with_workers_get_a_function():
+def test_only_loaders_with_workers_get_functions():
     data = TensorDataset(torch.arange(N))
     mine = PoissonBatchSampler(N, Q, 2, Randomness())
-    assert poisson_loader(DataLoader(data, 20), mine).worker_init_fn is None
-    wrapped = poisson_loader(DataLoader(data, 20, num_workers=1), mine).worker_init_fn
-    assert isinstance(wrapped, SecretWorker)
+    plain = DataLoader(data, 20, collate_fn=list)
+    alone = poisson_loader(plain, mine)
+    assert (alone.worker_init_fn, alone.collate_fn) == (None, list)
+    wrapped = poisson_loader(DataLoader(data, 20, num_workers=1, collate_fn=list), mine)
+    assert wrapped.worker_init_fn.__self__ is wrapped.collate_fn.__self__
+    assert wrapped.collate_fn([1, 2]) == [1, 2]
 
 
-def test_the_workers_function_can_be_pickled():
-    assert pickle.loads(pickle.dumps(SecretWorker(seed_all))).users is seed_all
+def test_the_workers_functions_can_be_pickled_and_stay_one_object():
+    worker = SecretWorker(seed_all, torch.tensor)
+    init, collate = pickle.loads(pickle.dumps((worker.init, worker.collate)))
+    assert init.__self__ is collate.__self__
+    assert init.__self__.users_init is seed_all
+
+
+class SeedsItself(Augmented):
+    """The first item of each worker's batch is drawn before it seeds."""
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        seed_all(0)
+        return found
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_draw_secret_numbers_for_each_batch(context):
+    plain = DataLoader(
+        SeedsItself(), N, num_workers=1, collate_fn=torch.tensor, multiprocessing_context=context
+    )
+    for randomness, known in ((Randomness(), False), (Randomness(insecure_seed=0), True)):
+        loader = poisson_loader(plain, PoissonBatchSampler(N, 1.0, 3, randomness))
+        _, second, third = (batch[0, :3] for batch in loader)
+        assert torch.equal(second, third) == known
