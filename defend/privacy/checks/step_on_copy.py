@@ -51,18 +51,13 @@ class StepOnCopy:
         """Inside, every random generator starts from `seed`."""
         return seeded(seed, self.devices, self.generators)
 
-    def batch_of(self, records: list[Any]) -> Any:
-        """The batch of some records, as the step gets it."""
-        self._restore()
-        return self.step.collate(list(records))
-
     def attacked(self, records: list[Any]) -> Any:
         """The adversarial batch of some records; without an attack the batch itself.
 
         Raises:
             PrivacyError: if the attack left anything behind.
         """
-        batch = self.batch_of(records)
+        batch = self.step.collate(list(records))
         if self.step.attack is None:
             return batch
         self._restore()
@@ -79,17 +74,15 @@ class StepOnCopy:
     def attacked_reseeded(self, records: list[Any], number: int) -> Any:
         """The adversarial batch from other secret numbers, and other global ones."""
         assert self.step.attack_reseeded is not None
+        self._restore()
         with self.seeded(4 + number):
-            return self.step.attack_reseeded(self.module, self.batch_of(records), number)
+            batch = self.step.collate(list(records))
+            return self.step.attack_reseeded(self.module, batch, number)
 
     def gradients(self, batch: Any, records: int) -> list[Tensor]:
         """gᵢ of each record of a batch, `[records, *shape]` for each parameter."""
-        self._restore()
-        return self._gradients(batch, records)
-
-    def _gradients(self, batch: Any, records: int) -> list[Tensor]:
-        """The same, from the state that the copy is in."""
         rows = records * self.step.views
+        self._restore()
         self._engine.expect(rows)
         with torch.enable_grad():
             loss = self.step.loss(self.module, batch)
@@ -103,14 +96,15 @@ class StepOnCopy:
     def seeded_gradients(self, records: list[Any], seed: int) -> list[Tensor]:
         """gᵢ of each record of a batch without an attack, the global RNGs at `seed`."""
         with self.seeded(seed):
-            batch = self.batch_of(records)
+            batch = self.step.collate(list(records))
         with self.seeded(seed):  # a fit renews all numbers before the forward, too
-            return self._gradients(batch, len(records))
+            return self.gradients(batch, len(records))
 
     def gradient_alone(self, record: Any, seed: int) -> list[Tensor]:
         """The gradient of a record in a batch of its own, by autograd and without hooks."""
+        self._restore()
         with self.seeded(seed):
-            batch = self.batch_of([record])
+            batch = self.step.collate([record])
         with self.seeded(seed), self._engine.paused(), torch.enable_grad():
             # Not `autograd.grad`: reentrant checkpoints forbid it.
             self.step.backward(self.step.loss(self.module, batch))

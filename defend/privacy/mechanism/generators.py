@@ -146,22 +146,15 @@ def generators_in(roots: Iterable[Any], skip: Iterable[Any] = ()) -> list[Genera
 
     Looked at are attributes of objects and of their classes, items of containers, the parts of a
     `functools.partial`, and of a function what it closes over, its defaults, and the globals that
-    its code names.
+    its code names. Objects of Lightning's classes and of ours are entered as roots only: they lead
+    everywhere.
 
     Args:
         roots: where to begin: a data set, a collate function, a module.
         skip: objects that are not entered, such as a trainer.
     """
-    return [value for value in objects_in(roots, skip) if isinstance(value, Generator)]
-
-
-def objects_in(roots: Iterable[Any], skip: Iterable[Any] = ()) -> Iterator[Any]:
-    """The objects that others refer to, nearest first, each once; no plain values, no tensors.
-
-    Objects of Lightning's classes and of ours are entered as roots only: they lead everywhere.
-    """
-    roots = tuple(roots)
-    queue, first = deque(roots), {id(root) for root in roots}
+    found, queue = [], deque(roots)
+    first = {id(root) for root in queue}
     # Each is kept until the end, so that no other object takes over its id.
     seen = {id(value): value for value in (*skip, *GLOBAL) if id(value) not in first}
     while queue and len(seen) < _MOST_VISITED:
@@ -169,10 +162,11 @@ def objects_in(roots: Iterable[Any], skip: Iterable[Any] = ()) -> Iterator[Any]:
         if isinstance(value, _LEAVES) or id(value) in seen:
             continue
         seen[id(value)] = value
-        yield value
-        closed = isinstance(value, Generator) or _package(type(value)) in _CLOSED
-        if not closed or id(value) in first:
+        if isinstance(value, Generator):
+            found.append(value)
+        elif id(value) in first or _package(type(value)) not in _CLOSED:
             queue.extend(_parts(value))
+    return found
 
 
 def _package(part: Any) -> str:

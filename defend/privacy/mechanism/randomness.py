@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from defend.errors import InputError
-from defend.privacy.mechanism.generators import WORDS, fill
+from defend.privacy.mechanism.generators import WORDS, start
 from defend.privacy.mechanism.secure import (
     Keystream,
     gaussians_from,
@@ -138,9 +138,8 @@ class Randomness:
         """
         generator = torch.Generator(device=device)
         words = self._words(stream, step, rank)
-        if generator.device.type == "cpu":
-            return fill(generator, words)
-        return generator.manual_seed(int(words[:2].view(np.uint64)[0]))
+        start(generator, words)
+        return generator
 
     def _words(self, stream: Stream, step: int, rank: int) -> np.ndarray:
         """624 words of 32 bits to start a generator with."""
