@@ -20,7 +20,7 @@ from defend.callbacks._strategy import PatchedStrategy
 BuildableAttack = Callable[..., Any]
 
 # What a callback holds of a fit that is under way.
-_OF_A_FIT = {"_trainer", "_stopwatch", "_data", "_fit"}
+_OF_A_FIT = {"_trainer", "_stopwatch", "_data", "_fit", "_hooks"}
 
 
 class DefendCallback(Callback):

@@ -1,5 +1,7 @@
 """What the loop of a Trainer does in its own way."""
 
+import dis
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,9 +13,9 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from defend.callbacks._hooks import UsersHooks, users_callbacks
+from defend.training.outputs import without_graph
 from defend.training.runtime import Context
-
-_LIBRARIES = ("lightning", "pytorch_lightning", "defend")  # of callbacks
 
 
 class TrainerRuntime:
@@ -39,7 +41,8 @@ class TrainerRuntime:
     ) -> None:
         self._trainer, self._users_step, self._backward = trainer, users_step, backward
         self._timed, self._generator = timed, generator
-        self.batch_idx = 0  # for copies of the module
+        self.hooks = UsersHooks(trainer)
+        self._output: Any = None  # of the last step on a copy
 
     @property
     def module(self) -> nn.Module:
@@ -52,9 +55,7 @@ class TrainerRuntime:
 
     def user_code(self) -> list[Any]:
         trainer = self._trainer
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        users = [c for c in callbacks if type(c).__module__.partition(".")[0] not in _LIBRARIES]
-        return [getattr(trainer, "datamodule", None), *users]
+        return [getattr(trainer, "datamodule", None), *users_callbacks(trainer)]
 
     def autocast(self) -> Context:
         return self._trainer.precision_plugin.forward_context()
@@ -73,13 +74,50 @@ class TrainerRuntime:
 
     def forward_on(self, module: nn.Module, batch: Any) -> Any:
         """The `training_step` of a copy of the module."""
-        trainer = self._trainer
+        with self._at_work(module) as copy, self._trainer.precision_plugin.train_step_context():
+            takes_index = is_param_in_hook_signature(copy.training_step, "batch_idx", min_args=2)
+            clock = self.hooks.trial(module).clock
+            clock.asked |= takes_index and _uses(copy.training_step, "batch_idx")
+            output = copy.training_step(batch, *([clock.batch_idx] if takes_index else []))
+        tensor = isinstance(output, Tensor) or (isinstance(output, dict) and "loss" in output)
+        self._output = without_graph(output) if tensor else None
+        return output
+
+    def restart_on(self, module: nn.Module) -> None:
+        """A trial on a copy of the module begins."""
+        self.hooks.restart(module)
+        self._output = None
+
+    def prepare_on(self, module: nn.Module, batch: Any) -> Any:
+        """A batch on the device, through all batch hooks, on a copy of the module."""
+        with self._at_work(module) as copy:
+            strategy = copy.trainer.strategy
+            batch = strategy.precision_plugin.convert_input(batch)
+            batch = copy._on_before_batch_transfer(batch)
+            batch = strategy.batch_to_device(batch)
+            self.hooks.run_before(module, batch)
+        return batch
+
+    def finish_on(self, module: nn.Module, batch: Any) -> None:
+        """The hooks after the step that was taken on a copy of the module last."""
+        with self._at_work(module):
+            self.hooks.run_after(module, batch, self._output)
+        self._output = None
+
+    @contextmanager
+    def _at_work(self, module: nn.Module) -> Iterator[pl.LightningModule]:
+        """Inside, a copy of the module is in a trainer, and without a voice."""
         assert isinstance(module, pl.LightningModule)
-        module.trainer = trainer
+        trainer, log = module._trainer, vars(module).get("log")
+        module.trainer = self.hooks.trial(module).trainer
         module.log = _log_nothing  # type: ignore[method-assign]
-        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        with trainer.precision_plugin.train_step_context():
-            return module.training_step(batch, *([self.batch_idx] if takes_index else []))
+        try:
+            yield module
+        finally:
+            module.trainer = trainer
+            del module.log
+            if log is not None:
+                module.log = log  # type: ignore[method-assign]
 
     @contextmanager
     def silenced(self) -> Iterator[None]:
@@ -100,16 +138,13 @@ class TrainerRuntime:
         assert self._generator is not None
         return self._generator(device)
 
-    def transfer(self, batch: Any) -> Any:
-        """A batch on the device, through all batch hooks of module and data module."""
-        trainer, module = self._trainer, self._trainer.lightning_module
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch)
-        return trainer.strategy.batch_to_device(batch)
+    def note_look(self) -> None:
+        """Before each look at a copy."""
+        self.hooks.forget()
 
-    def note_look(self, turn: int) -> None:
-        """Before each look at a copy: let `batch_idx` be even and odd in turn."""
-        self.batch_idx = turn
+    def reads_clock(self) -> bool:
+        """Whether the step asked for its number or its epoch in this look, or a hook may."""
+        return self.hooks.asked or self.hooks.before or bool(self.hooks.after)
 
     def shared(self) -> list[Any]:
         """What a module may refer to, and a copy of it must not copy."""
@@ -128,6 +163,14 @@ def epochs_trained(trainer: pl.Trainer) -> float:
     done = trainer.fit_loop.epoch_loop.batch_idx + 1
     whole = trainer.current_epoch
     return whole + (done / batches if math.isfinite(batches) and batches else 1.0)
+
+
+def _uses(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function's own code reads an argument."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return True
+    return any(s.argval == name and "LOAD" in s.opname for s in dis.get_instructions(code))
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:

@@ -53,8 +53,11 @@ class PrivacyHooks(Protocol):
     def fit(self) -> PrivateFit:
         """The fit that is open."""
 
-    def note_batch(self) -> None:
-        """Told of each batch that is trained on."""
+    def note_batch(self, batch: Any) -> None:
+        """Told of each batch that is trained on, as the step gets it."""
+
+    def note_validation_end(self) -> None:
+        """Told when all hooks of a validation ran."""
 
     def replace_loader(self, loader: Any) -> Any:
         """The user's training loader, with Poisson-sampled batches."""
@@ -79,6 +82,7 @@ class PatchedStrategy:
         self._training_step = trainer.strategy.training_step
         self._backward = trainer.strategy.backward
         self._process_dataloader = trainer.strategy.process_dataloader
+        self._on_validation_end = trainer.strategy.on_validation_end
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> "PatchedStrategy":
@@ -93,6 +97,9 @@ class PatchedStrategy:
         trainer.strategy.process_dataloader = (  # type: ignore[method-assign]
             patched.process_dataloader
         )
+        trainer.strategy.on_validation_end = (  # type: ignore[method-assign]
+            patched.on_validation_end
+        )
         results = trainer.fit_loop.epoch_loop._results
         patched._log = results.log
         results.log = patched.log
@@ -105,6 +112,7 @@ class PatchedStrategy:
             (trainer.strategy, "training_step"),
             (trainer.strategy, "backward"),
             (trainer.strategy, "process_dataloader"),
+            (trainer.strategy, "on_validation_end"),
             (trainer.fit_loop.epoch_loop._results, "log"),
         ]
         for owner, name in places:
@@ -132,7 +140,7 @@ class PatchedStrategy:
         step = self.step(*args, **kwargs)
         if self.privacy is None:
             return step.loss(batch)
-        self.privacy.note_batch()
+        self.privacy.note_batch(batch)
         return step.gradient(batch, self.privacy.fit)
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -141,6 +149,12 @@ class PatchedStrategy:
             return loss  # done already, chunk by chunk, in `training_step`
         with self.step().around_backward():
             return self._backward(loss, *args, **kwargs)
+
+    def on_validation_end(self) -> None:
+        """Stands in for `strategy.on_validation_end`, which comes after all other hooks of it."""
+        self._on_validation_end()
+        if self.privacy is not None:
+            self.privacy.note_validation_end()
 
     def log(self, fx: str, name: str, *args: Any, **kwargs: Any) -> None:
         """Stands in for the training results' `log`."""

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 
 from defend.callbacks._base import DefendCallback
+from defend.callbacks._guarded_hooks import GuardedHooks
 from defend.callbacks._runtime import TrainerRuntime
 from defend.callbacks._setup import refuse_steering, trainer_facts
 from defend.callbacks._strategy import PatchedStrategy
@@ -132,6 +133,7 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
         self._resumed_at: int | None = None
         self._adopts_state = True
         self._begun = False  # whether a batch was begun that has not run
+        self._hooks: GuardedHooks | None = None
 
     # --- what a user reads --------------------------------------------------------------------
 
@@ -248,15 +250,16 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
         step = patched.step()
         runtime = step.runtime
         assert isinstance(runtime, TrainerRuntime)
+        self._hooks = GuardedHooks(runtime.hooks, asked=self._training.settings.selftest)
         tried = step_under_test(
             step,
-            lambda items: runtime.transfer(data.original.collate_fn(items)),
+            data.original.collate_fn,
             views=data.views,
             half=runtime.half,
             share=runtime.shared(),
             on_look=runtime.note_look,
         )
-        return self._training.try_out(module, data, tried)
+        return self._training.try_out(module, data, tried, hooks_to_come=True)
 
     # --- one step: `defend.training.step` asks for these --------------------------------------
 
@@ -272,15 +275,34 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
         assert self._fit is not None
         return self._fit
 
-    def note_batch(self) -> None:
-        """A batch that was begun is trained on."""
+    def note_batch(self, batch: Any) -> None:
+        """A batch that was begun is trained on, as it came or as hooks left it."""
         self._begun = False
+        if self._hooks is not None:
+            self._hooks.check(batch, self.fit)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        # First in line: no other callback has seen the batch.
         self._refuse_a_skipped_batch()
         self._begun = True
+        if self._hooks is not None:
+            self._hooks.begin(batch, batch_idx)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._fit is not None:  # what is kept of held-out data is no concern
+            self._fit.watch.pause()
+
+    def note_validation_end(self) -> None:
+        """All hooks of a validation ran."""
+        if self._fit is not None:
+            self._fit.watch.go_on()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._hooks is not None:
+            self._hooks.check_end(self.fit)
+        super().on_fit_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refuse_a_skipped_batch()
@@ -372,4 +394,4 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
             self._fit.close()
         if self._data is not None:
             self._data.forget()
-        self._trainer = self._data = self._fit = None
+        self._trainer = self._data = self._fit = self._hooks = None

@@ -45,11 +45,13 @@ respect to the training data set:
   weights (EMA; De et al. 2022, arXiv 2204.13650): each of those was released, and so is their mean.
   An ε warm-up of the attack follows the number of the step alone, and costs nothing either.
 
-**What it rests on**, and how it is held: the step treats each record alone and takes the plain mean
-(`selftest` tries it on a copy before step 0 and now and then later); every gradient that reaches
-the weights went through clip and noise (`guard` refuses any other optimizer step); the set-up has
-none of the known breaks (`preconditions`, one table). What none of these sees is the user's
-promise: `docs/where_your_code_runs.md` lists it.
+**What it rests on**, and how it is held: the step treats each record alone and takes the plain
+mean (`selftest` tries it on a copy before step 0 and now and then later); what hooks make of a
+batch, and what is kept beside the weights, depends on no other record (both are watched at each
+step, and tried out once they change); every gradient that reaches the weights went through clip and
+noise (`guard` refuses any other optimizer step); the set-up has none of the known breaks
+(`preconditions`, one table). What none of these sees is the user's promise:
+`docs/where_your_code_runs.md` lists it, and `docs/matrix.md` what becomes of each kind of break.
 
 **Covered**: the weights after every step, and whatever is computed from them without the training
 data; C where it is learned; σ, q, steps and ε, given N.

@@ -18,7 +18,7 @@ def step_under_test(
 
     Args:
         step: of a private training.
-        collate: items of the data set → batch on the device, as training sees it.
+        collate: items of the data set → batch.
         settings: further fields of `StepUnderTest`.
     """
     adversarial = None if step.adversarial is None else step.adversarial.for_dry_run()
@@ -31,6 +31,14 @@ def step_under_test(
     def on(module: nn.Module) -> TrainingStep:
         return TrainingStep(CopyRuntime(step.runtime, module), adversarial, step.data)
 
+    def prepare(module: nn.Module, batch: Any) -> Any:
+        with step.runtime.silenced():
+            return step.runtime.prepare_on(module, batch)
+
+    def finish(module: nn.Module, batch: Any) -> None:
+        with step.runtime.silenced():
+            step.runtime.finish_on(module, batch)
+
     def attack(module: nn.Module, batch: Any, number: int | None = None) -> Any:
         with step.runtime.silenced():
             return on(module).attack(batch, number=number)
@@ -42,6 +50,10 @@ def step_under_test(
     return StepUnderTest(
         loss=loss,
         collate=collate,
+        restart=step.runtime.restart_on,
+        prepare=prepare,
+        finish=finish,
+        reads_clock=step.runtime.reads_clock,
         attack=None if adversarial is None else attack,
         attack_reseeded=None if adversarial is None else attack,
         backward=on(step.runtime.module).backward,  # asks no module

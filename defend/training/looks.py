@@ -25,12 +25,13 @@ class Looks:
 
     Attributes:
         good: steps of the fit that were taken when nothing was found last.
+        steps: of the fit that were begun.
     """
 
     def __init__(self, coin: Callable[[int], float], *, alone: bool = True) -> None:
         self.good = 0
         self._coin, self._alone = coin, alone
-        self._steps = self._epochs = 0
+        self.steps = self._epochs = 0
         self._begun = time.perf_counter()
         self._seconds, self._count = 0.0, 0  # of looks
 
@@ -41,7 +42,7 @@ class Looks:
             epochs: of this fit that were begun.
         """
         first, self._epochs = epochs > self._epochs, epochs
-        step, self._steps = self._steps, self._steps + 1
+        step, self.steps = self.steps, self.steps + 1
         due = is_due(step, epochs - 1, first_of_epoch=first)
         return due or self._coin(step) < self.rate(step)
 
@@ -60,7 +61,7 @@ class Looks:
         start = time.perf_counter()
         try:
             yield
-            self.good = max(self._steps - 1, 0)
+            self.good = max(self.steps - 1, 0)
         finally:
             self._seconds += time.perf_counter() - start
             self._count += 1

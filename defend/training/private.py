@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from defend.batching.memory import rows_that_fit
-from defend.errors import PrivacyError
+from defend.errors import DefendError, PrivacyError
 from defend.privacy.accounting.budget import Budget
 from defend.privacy.checks.dry_run import DryRun
 from defend.privacy.checks.selftest import RECORDS, SelfTest
@@ -65,8 +65,22 @@ class PrivateTraining:
         """What may be spent and what was."""
         return self.account.budget
 
-    def try_out(self, module: nn.Module, data: PrivateData, step: StepUnderTest) -> DryRun:
+    def try_out(
+        self,
+        module: nn.Module,
+        data: PrivateData,
+        step: StepUnderTest,
+        *,
+        hooks_to_come: bool = False,
+    ) -> DryRun:
         """Chunk size and self-test, on records of the data; before `open`.
+
+        Args:
+            module: the model.
+            data: of this fit.
+            step: what training does with a batch.
+            hooks_to_come: whether the step may not work yet. If it does not, it is tried out just
+                before the first one that is taken.
 
         Returns:
             What tries the step out again, now and then, in the fit.
@@ -91,9 +105,16 @@ class PrivateTraining:
             chunk = data.chunk_size
             if views > 1 and chunk is not None:  # no more rows at once than in training
                 dry_run.records = min(max(chunk // views + 1, 3), RECORDS)
-            ordinary = data.ordinary_rows
-            most = min(ordinary, chunk or ordinary, _MAX_RECORDS_IN_SELFTEST * views)
-            self.selftest = dry_run.selftest(most)
+            large = 2 * data.ordinary_rows  # a batch may have more rows than expected
+            most = min(large, chunk or large, _MAX_RECORDS_IN_SELFTEST * views)
+            try:
+                self.selftest = dry_run.selftest(most)
+            except DefendError:
+                raise
+            except Exception:
+                if not hooks_to_come:
+                    raise
+                dry_run.pending = True  # it may need what they set up
             if self.selftest is not None:
                 self.selftest.require()
         return dry_run
@@ -218,6 +239,8 @@ class PrivateFit:
     ) -> None:
         self.data, self.account, self.step = data, account, step
         self._training, self._dry_run, self._stack = training, dry_run, stack
+        self.watch = dry_run.watch()
+        self._tried: set[str] = set()  # what the step writes to, and was tried out doing so
         self._looks = Looks(data.coin, alone=data.processes.world_size == 1)
         data.sampler.next_step = account.budget.next_step
 
@@ -233,7 +256,11 @@ class PrivateFit:
         """
         training, step, budget = self._training, self.step, self.account.budget
         drawn = drawn_as(batch, self.data)
-        if self._looks.are_due(self.data.sampler.epochs) and training.settings.selftest:
+        due = self._looks.are_due(self.data.sampler.epochs)
+        if self._dry_run.pending:
+            self._dry_run.pending = False
+            self.look(whole=True)
+        elif due and training.settings.selftest:
             self.look()
         step.noise_multiplier = budget.next_noise
         schedule = training.settings.clip_schedule
@@ -245,20 +272,37 @@ class PrivateFit:
         for chunk in chunks_of(batch, drawn, step, self.data):
             self.renew_randomness()  # an attack, or the chunk before, may have seeded
             yield chunk
+        self._note_state()
 
-    def look(self) -> None:
-        """The self-test in short, on a copy of the module as it is now.
+    def _note_state(self) -> None:
+        """The step is over: remember what is kept, all of it at the ends of epochs."""
+        if not self._training.settings.selftest:
+            return
+        sampler, steps = self.data.sampler, self._looks.steps
+        new = set(self.watch.note(deep=steps == 1 or steps % sampler.steps == 0)) - self._tried
+        if new:  # it writes to a buffer: counts, or what?
+            self._tried |= new
+            self.look(whole=True)
+
+    def doubt(self) -> None:
+        """Something was found that no look shows: mark the account since the last one."""
+        self.account.doubt(self._looks.good)
+
+    def look(self, *, whole: bool = False) -> None:
+        """The self-test on a copy of the module as it is now, in short or `whole`.
 
         Raises:
             PrivacyError: for what it finds; the account is no longer `private` then.
         """
         with self._looks.timed():
             with self.step.paused():
-                found = self._dry_run.selftest()
+                found = self._dry_run.selftest(whole=whole)
+            if whole:
+                self._training.selftest = found
             if found is None or found.passed:
                 return
             self._training.selftest = found
-            self.account.doubt(self._looks.good)
+            self.doubt()
             raise PrivacyError(
                 f"{found.error()}\nThe last look that found nothing was after step "
                 f"{self._looks.good} of this fit. What its steps spent since then is not known: "

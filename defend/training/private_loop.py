@@ -79,6 +79,7 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
         optimizer, runtime, step, fit = self._open
         try:
             self.loader.check(batch)
+            self._refuse_kept_state(fit)
             optimizer.zero_grad()
             runtime.batches = self._taken + 1
             loss = step.gradient(runtime.to_device(batch), fit)
@@ -89,6 +90,17 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
             raise
         self._taken += 1
         return loss
+
+    def _refuse_kept_state(self, fit: PrivateFit) -> None:
+        names = fit.watch.take() if self._training.settings.selftest else []
+        names = [name for name in names if name in fit.watch.published]
+        if names:
+            fit.doubt()
+            raise PrivacyError(
+                f"Expected nothing to be kept from one step to the next, got `{names[0]}`, which "
+                "changed between two steps. Nobody can try out what is done there; what depends on "
+                "the records is published without noise. Do it in `loss`, where it is tried out."
+            )
 
     def _up_to_date(self) -> PrivateTraining:
         return self._training
@@ -196,7 +208,7 @@ def make_private(
         step = TrainingStep(runtime, steps, data)
         tried = step_under_test(
             step,
-            lambda items: runtime.to_device(loader.collate_fn(items)),
+            loader.collate_fn,
             views=privacy.views,
             half=runtime.half,
         )

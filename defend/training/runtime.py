@@ -50,6 +50,18 @@ class Runtime(Protocol):
     def forward_on(self, module: nn.Module, batch: Any) -> Any:
         """The same on a copy of the module."""
 
+    def restart_on(self, module: nn.Module) -> None:
+        """A trial on a copy of the module begins."""
+
+    def prepare_on(self, module: nn.Module, batch: Any) -> Any:
+        """A batch from the loader as the step gets it, after all hooks; on a copy of the module."""
+
+    def finish_on(self, module: nn.Module, batch: Any) -> None:
+        """What the loop runs after the step on a batch; on a copy of the module."""
+
+    def reads_clock(self) -> bool:
+        """Whether the step on a copy asked for its number or its epoch."""
+
     def silenced(self) -> Context:
         """Inside, what a copy of the module logs goes nowhere."""
 
@@ -157,9 +169,21 @@ class PlainRuntime:
     def forward(self, batch: Any) -> Tensor:
         return self.forward_on(self.model, batch)
 
+    def restart_on(self, module: nn.Module) -> None:
+        """No hooks, so nothing to be done."""
+
+    def prepare_on(self, module: nn.Module, batch: Any) -> Any:
+        return self.to_device(batch)
+
+    def finish_on(self, module: nn.Module, batch: Any) -> None:
+        """No hooks, so nothing to be done."""
+
     def forward_on(self, module: nn.Module, batch: Any) -> Tensor:
         with self.autocast():
             return _one_number(self._loss(module, batch))
+
+    def reads_clock(self) -> bool:
+        return False  # who counts steps keeps a count, which shows
 
     def silenced(self) -> Context:
         return contextlib.nullcontext()

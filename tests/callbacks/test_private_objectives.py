@@ -310,7 +310,7 @@ def test_an_attack_that_turns_bad_later_is_found():
     callback = private()
     with pytest.raises(PrivacyError, match="adversarial version of a record"):
         fit([AdversarialTraining(late), callback], max_epochs=4)
-    assert 0 < callback.steps <= 20
+    assert callback.steps <= 20  # by steps in a row at the start, or by a look
 
 
 class Rolled(Objective):

@@ -79,12 +79,12 @@ def test_a_finding_marks_the_account_and_its_ledger(monkeypatch):
 
 
 class Turning(Net):
-    """Sound for five steps."""
+    """Sound for longer than the first trial looks ahead."""
 
     def training_step(self, batch, batch_idx):
         x, y = batch
         value = F.cross_entropy(self(x), y)
-        return value / x.std() if self.trainer.global_step >= 5 and len(x) > 1 else value
+        return value / x.std() if self.trainer.global_step >= 14 and len(x) > 1 else value
 
 
 def test_a_finding_changes_the_tag_of_the_run(monkeypatch):

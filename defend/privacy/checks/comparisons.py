@@ -1,7 +1,10 @@
 """What must hold of a step, compared on a copy of the module (`selftest` lists the four parts)."""
 
-import contextlib
 import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,8 +12,9 @@ from torch import Tensor
 
 from defend.errors import PrivacyError
 from defend.privacy.checks.constant_randomness import ConstantRandomness
-from defend.privacy.checks.ignored_seeds import ignored_seeds
-from defend.privacy.checks.module_copy import rows_differ, same, state_of
+from defend.privacy.checks.differences import mixture
+from defend.privacy.checks.known_numbers import refuse_known_numbers, refuse_known_starts
+from defend.privacy.checks.module_copy import rows_differ, same, tensors_by_name, tensors_of
 from defend.privacy.checks.step_on_copy import StepOnCopy
 from defend.privacy.gradients.sums import per_record_norms
 from defend.privacy.mechanism.gaussian import clip_and_sum
@@ -19,14 +23,28 @@ from defend.privacy.mechanism.gaussian import clip_and_sum
 # Python's) lie there too: what is done with a chance of 2% or 98% is met as well.
 _PARTS_AND_SEEDS = ((0.37, 35), (0.01, 1751), (0.99, 1470))
 
-# Structure breaks a gradient by its own size; rounding stays far below these.
-_ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-2, torch.half: 1e-1}  # half of any kind
 _MOVE_ROUNDING = 1e-2
 _MOVE_ROUNDING_ATTACKED = 5e-2  # a sign that flips by rounding moves a whole step of the attack
 
-# A step or an attack that tosses a coin of 20% for each of two records draws alike twice with a
-# chance of (0.8² + 0.2²)², and in all of these attempts with one of 1e-8.
-_RESEEDED_ATTEMPTS = 24
+
+# Of a step that may do other things in others: all periods up to half as long show.
+_STEPS_IN_A_ROW = 12
+_SECONDS = 0.3  # for those behind the second
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A step of some in a row.
+
+    Attributes:
+        batch: as the step got it.
+        gradients: of all records but the first, in one combination.
+        state: buffers and frozen weights of the copy afterwards.
+    """
+
+    batch: Any
+    gradients: list[Tensor]
+    state: dict[str, Tensor]
 
 
 class Comparisons:
@@ -36,17 +54,30 @@ class Comparisons:
         copy: the step on a copy of the module.
         records: all but the last are in a batch; the last one takes another's place.
         max_grad_norm: C.
+        reload: loads the same records anew; None where nothing can change them.
     """
 
-    def __init__(self, copy: StepOnCopy, records: list[Any], max_grad_norm: float) -> None:
-        self.copy, self.step = copy, copy.step
+    def __init__(
+        self,
+        copy: StepOnCopy,
+        records: list[Any],
+        max_grad_norm: float,
+        reload: Callable[[], list[Any]] | None = None,
+    ) -> None:
+        self.copy, self.step, self._reload = copy, copy.step, reload
         *self.records, self.spare = records
         self.max_grad_norm = max_grad_norm
+        self._drawn = False  # whether the step was seen to draw random numbers
+        # Gradients of the batch, and the copy's state after it, where it draws none.
+        self._together: tuple[list[Tensor], dict[str, Tensor]] | None = None
 
     def all_parts(self, rows: int | None) -> float:
         """The whole test; returns how far one record moved the clipped sum, in units of C."""
         for turn, (part, seed) in enumerate(_PARTS_AND_SEEDS):
             self._alone(turn, part, seed)
+        if self._together is not None:  # no number was drawn: the other rows are cheap
+            for turn in range(len(_PARTS_AND_SEEDS), len(self.records)):
+                self._alone(turn, *_PARTS_AND_SEEDS[0])
         if rows is not None and rows // self.step.views > len(self.records):
             self._alone(0, *_PARTS_AND_SEEDS[0], count=rows // self.step.views)
         largest = self._leave_one_out()
@@ -56,29 +87,36 @@ class Comparisons:
     def later_parts(self, turn: int) -> None:
         """What may turn out otherwise later in training, at other random numbers each turn."""
         self._alone(turn, (0.37 + 0.618 * turn) % 1, turn)
-        if self.step.attack is not None:
-            self._replace_one()
+        self._replace_one()
 
     # --- 1: alone or together ---------------------------------------------------------------------
 
     def _alone(self, turn: int, part: float, seed: int, count: int | None = None) -> None:
         """The first of the records in a batch, against that record in a batch of its own."""
-        first = turn % len(self.records)
-        records = self.records[first:] + self.records[:first]
-        if count is not None:
-            records = list(itertools.islice(itertools.cycle(records), count))
-        with ConstantRandomness(part):
-            together = [g[0] for g in self.copy.seeded_gradients(records, seed)]
-            after = state_of(self.copy.module)
+        number = turn % len(self.records)
+        with ConstantRandomness(part) as constant:
+            if self._together is not None and count is None:
+                gradients, after = self._together
+                together = [g[number] for g in gradients]
+            else:
+                # First, since only then does it draw the same numbers as alone.
+                records = self.records[number:] + self.records[:number]
+                if count is not None:
+                    records = list(itertools.islice(itertools.cycle(records), count))
+                gradients = self.copy.seeded_gradients(records, seed)
+                after = tensors_by_name(self.copy.module)
+                together = [g[0] for g in gradients]
+                if not self.copy.drew:
+                    self._judge_copies(gradients)
             try:
-                alone = self.copy.gradient_alone(records[0], seed)
+                alone = self.copy.gradient_alone(self.records[number], seed)
             except Exception as error:
                 raise PrivacyError(
                     "Expected a step that works on one record, as it does on several, got "
                     f"{type(error).__name__}: {error} Poisson batches have any size; keep the "
                     "batch dimension (no squeeze()), and use no statistics of the batch."
                 ) from error
-        worst = self._difference(together, alone)
+        worst = self.copy.difference(together, alone)
         if worst is not None:
             raise PrivacyError(
                 "Expected each record's gradient to be the same alone and in a batch, got one "
@@ -87,7 +125,28 @@ class Comparisons:
                 "the batch, padding that is not masked), or the loss is not the plain mean "
                 "over rows. Compute each row from its own record, and take the mean."
             )
-        self._judge_state(after, state_of(self.copy.module))
+        after = self._refuse_moved(after)
+        self._refuse_filled(after, self._refuse_moved(tensors_by_name(self.copy.module)))
+        self._drawn |= constant.drew or self.copy.drew
+        if turn == 0 and count is None and not self._drawn:
+            self._together = gradients, after
+        self.copy.draws = self._drawn or self.step.attack is not None
+
+    def _judge_copies(self, gradients: list[Tensor]) -> None:
+        """Rows of the same record have the same gradient, wherever they stand."""
+        count, most = len(self.records), len(gradients[0])
+        for start in range(count, most, count):
+            stop = min(start + count, most)
+            found = mixture([g[start:stop] for g in gradients])
+            expected = mixture([g[: stop - start] for g in gradients])
+            worst = self.copy.difference(found, expected)
+            if worst is not None:
+                raise PrivacyError(
+                    "Expected each record's gradient to be the same alone and in a batch, got rows "
+                    f"of one record that differ by {worst[1]:.0%} at `{worst[0]}` by their place. "
+                    "Leaving one record out moves all that follow it. Let a row depend on its "
+                    "record, not on its position."
+                )
 
     # --- 2: leave one out -------------------------------------------------------------------------
 
@@ -114,121 +173,113 @@ class Comparisons:
             )
         return largest
 
-    # --- 3 and 4: replace one, no trace -----------------------------------------------------------
+    # --- 3 and 4: replace one, no trace, nothing carried on ---------------------------------------
 
     def _replace_one(self) -> None:
-        outcomes = []
-        for first in (self.records[0], self.spare):
-            records = [first, *self.records[1:]]
-            with self.copy.seeded(1):
-                batch = self.copy.attacked(records)
-            with self.copy.seeded(2):
-                gradients = self.copy.gradients(batch, len(records))
-            outcomes.append((batch, gradients, state_of(self.copy.module)))
-        (batch, gradients, after), (other_batch, other_gradients, other_after) = outcomes
-        self._judge_state(after, other_after)
+        """Two runs of a few steps in a row, in which one record is another one.
+
+        Late breaks show after some steps, and periodic ones in some: where the step can tell (it
+        reads the number of the step, or keeps a count) the runs are longer.
+        """
+        most = _STEPS_IN_A_ROW if self.copy.keeps or self.step.reads_clock() else 2
+        self.copy.draws |= most > 2  # it may begin to
+        one = self._run(self.records[0], most, _SECONDS)
+        other = self._run(self.spare, len(one))
+        if self._drawn and _shapes(one[0].batch) != _shapes(other[0].batch):
+            # Masks of another shape are other masks: padding to another length, say.
+            with ConstantRandomness():
+                one, other = (self._run(r, len(one)) for r in (self.records[0], self.spare))
+        for number, (expected, found) in enumerate(zip(one, other, strict=False)):
+            self._refuse_filled(expected.state, found.state)
+            self._judge_attack(expected.batch, found.batch)
+            self._judge_others(found.gradients, expected.gradients, number)
+        self._drawn |= self.copy.drew
+        if self.step.attack is not None:
+            refuse_known_starts(self.copy, [self.spare, *self.records[1:]], other[0].batch)
+        if self._drawn:
+            refuse_known_numbers(self.copy, self.records, len(one) if most > 2 else 1)
+
+    def _run(self, first: Any, most: int, seconds: float = math.inf) -> list["_Taken"]:
+        """Steps in a row, from the start; at least two, and further ones for some seconds."""
+        taken: list[_Taken] = []
+        batch, start, count = None, time.perf_counter(), len(self.records)
+
+        def load() -> list[Any]:
+            rest = self.records if self._reload is None else self._reload()[:count]
+            return [first, *rest[1:]]
+
+        while len(taken) < most and (len(taken) < 2 or time.perf_counter() - start < seconds):
+            try:
+                with self.copy.seeded(1 + 2 * len(taken)):
+                    if batch is None:
+                        batch = self.copy.attacked([first, *self.records[1:]])
+                    else:
+                        batch = self.copy.next_attacked(batch, load)
+                with self.copy.seeded(2 + 2 * len(taken)):
+                    gradients = self.copy.gradients(batch, count)
+            except PrivacyError:
+                raise
+            except Exception:
+                if not taken:
+                    raise
+                break  # what fails in a later step will do so by itself
+            state = self._refuse_moved(tensors_by_name(self.copy.module))
+            taken.append(_Taken(batch, mixture([g[1:] for g in gradients]), state))
+        return taken
+
+    def _judge_attack(self, batch: Any, other: Any) -> None:
+        views = self.step.views
         if self.step.attack is not None and rows_differ(
-            batch, other_batch, len(self.records) * self.step.views, first=self.step.views
+            batch, other, len(self.records) * views, first=views
         ):
             raise PrivacyError(
                 "Expected the adversarial version of a record to depend on that record alone, got "
                 "one that moves with another record of the batch. Attack each record by its own "
                 "gradient, in eval mode, without statistics or stopping rules of the batch."
             )
-        rest = ([g[1:] for g in gradients], [g[1:] for g in other_gradients])
-        worst = self._difference(*rest)
-        if worst is not None:
+
+    def _judge_others(self, found: list[Tensor], expected: list[Tensor], number: int) -> None:
+        tight = number > 0 and self.step.attack is None
+        worst = self.copy.difference(found, expected, same_shapes=tight)
+        if worst is not None and number == 0:
             raise PrivacyError(
                 "Expected the gradients of other records to stay when one record is replaced, got "
                 f"a change of {worst[1]:.0%} at `{worst[0]}`. Something mixes records: mixup, a "
                 "second forward with shuffled rows, statistics or label counts of the batch."
             )
-        if self.step.attack is not None:
-            self._secret_attack(other_batch)
-        self._secret()
-
-    def _secret_attack(self, before: Any) -> None:
-        """Random numbers of the attack come from the generator that it is given, or the globals.
-
-        An attack that draws known numbers gives the same rows from any secret ones, but others
-        when all random numbers are constant. So may one that tosses a coin for each record, by
-        chance: it has many attempts to show that it can do otherwise.
-        """
-        if self.step.attack_reseeded is None:
-            return
-        records = [self.spare, *self.records[1:]]
-
-        def draws_the_same(number: int) -> bool:
-            again = self.copy.attacked_reseeded(records, number)
-            return not rows_differ(before, again, len(records) * self.step.views, first=0)
-
-        with ConstantRandomness():
-            if draws_the_same(0):
-                return
-        if all(draws_the_same(number) for number in range(_RESEEDED_ATTEMPTS)):
+        if worst is not None:
             raise PrivacyError(
-                "Expected random starts from the generator that the attack is given, which is "
-                "secret in a private fit, got an attack that draws the same numbers whatever that "
-                "is seeded with. Leaving one record out would change the starts of all others by "
-                "a known amount. Draw from `generator`."
+                "Expected gradients of other records that do not depend on one record in the "
+                f"batch, nor in the batch before, got a change of {worst[1]:.2%} at `{worst[0]}` "
+                f"in step {number + 1} of some in a row. The step, the loss or a hook keeps "
+                "something of the records (a running mean, the last losses, prototypes), without "
+                "noise, or mixes them from some step on. Compute each row from its own record; "
+                "keep nothing, or compute it on public data."
             )
 
-    def _secret(self) -> None:
-        """Random numbers of the step, on clean rows, come from where a fit keeps them secret."""
-        seen, other = (self.copy.seeded_gradients(self.records, seed) for seed in (2, 4))
-        known = False
-        for seed, found in ((2, seen), (4, other)):  # coins for few records may agree by chance
-            with contextlib.suppress(Exception), ignored_seeds(self.copy.generators):
-                unseeded = self.copy.seeded_gradients(self.records, seed)  # an error proves nothing
-                known |= self._difference(found, unseeded) is not None
-        with ConstantRandomness():
-            constant = self.copy.seeded_gradients(self.records, 4)
-        if self._difference(other, constant) is not None:  # are they from where no seed is ignored?
-            known |= not any(
-                self._difference(seen, self.copy.seeded_gradients(self.records, seed)) is not None
-                for seed in range(4, 4 + _RESEEDED_ATTEMPTS)
-            )
-        if known:
-            raise PrivacyError(
-                "Expected random numbers from the global generators, which are secret in a "
-                "private fit, got a step that draws known ones: it seeds them, or makes a "
-                "generator from a seed, or hides one. Leaving one record out would change those of "
-                "all others by a known amount. Drop the seed; what is to be the same each time, "
-                "draw once, and keep it as a buffer."
-            )
-
-    def _difference(self, found: list[Tensor], expected: list[Tensor]) -> tuple[str, float] | None:
-        """Where two gradients differ most, relative to the whole of it; None if by rounding."""
-        whole = torch.stack([e.float().nan_to_num().norm() for e in expected]).norm()
-        parts = [_distance(f, e) for f, e in zip(found, expected, strict=True)]
-        kinds = {torch.half} if self.step.half else {e.dtype for e in expected}
-        slack = max(_ROUNDING.get(kind, _ROUNDING[torch.half]) for kind in kinds)
-        if not torch.stack(parts).norm() > slack * whole + 1e-12:
-            return None
-        name, worst = max(
-            zip(self.copy.parameters, parts, strict=True), key=lambda pair: float(pair[1])
-        )
-        return name, float(worst / whole.clamp_min(1e-12))
-
-    def _judge_state(self, after: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-        parameters = dict(self.copy.module.named_parameters())
-        moved = [n for n in parameters if not same(self.copy.start[n], after[n])]
+    def _refuse_moved(self, after: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Refuse trained weights that moved; returns what else there is."""
+        trained = self.copy.parameters
+        moved = [n for n in trained if n in after and not same(self.copy.start[n], after[n])]
         if moved:
             raise PrivacyError(
                 f"Expected the step to leave the weights alone, got `{moved[0]}` changed in "
                 "`training_step` or forward, without noise. Leave updates to the optimizer."
             )
-        filled = [n for n in after if n not in parameters and not same(after[n], other[n])]
+        start = self.copy.start
+        rest = {name: tensor for name, tensor in after.items() if name not in trained}
+        # What stayed as it was takes no memory of its own.
+        return {n: start[n] if n in start and same(start[n], t) else t for n, t in rest.items()}
+
+    def _refuse_filled(self, after: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+        filled = [n for n in after if n not in other or not same(after[n], other[n])]
         if filled:
             raise PrivacyError(
-                f"Expected buffers that do not depend on the data, got `{filled[0]}`, which the "
-                "step fills from the records; it is published without noise. Remove it, or "
-                "compute it on public data before training."
+                "Expected buffers and frozen weights that do not depend on the data, got "
+                f"`{filled[0]}`, which the step fills from the records (or a hook does); it is "
+                "published without noise. Remove it, or compute it on public data before training."
             )
 
 
-def _distance(found: Tensor, expected: Tensor) -> Tensor:
-    """‖found − expected‖; infinite where one is finite and the other is not."""
-    difference = (found.float() - expected.float()).nan_to_num(0.0, 0.0, 0.0)
-    odd = found.isfinite() != expected.isfinite()
-    return torch.where(odd.any(), torch.inf, difference.norm())
+def _shapes(batch: Any) -> list[torch.Size]:
+    return [t.shape for t in tensors_of(batch)]

@@ -32,11 +32,14 @@ class ConstantRandomness(TorchDispatchMode):
 
     Args:
         part: in (0, 1). Try several: code may do one thing below a threshold and another above.
+
+    Attributes:
+        drew: whether torch was to draw a number.
     """
 
     def __init__(self, part: float = 0.37) -> None:
         super().__init__()
-        self.part = part
+        self.part, self.drew = part, False
 
     def __torch_dispatch__(
         self,
@@ -48,20 +51,24 @@ class ConstantRandomness(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         schema = func._schema
         name = schema.name.removeprefix("aten::")
+        self.drew |= "generator" in (names := [a.name for a in schema.arguments])
         if name == "native_dropout":
-            x = args[0]
+            self.drew, x = True, args[0]
             return x.clone(), torch.ones_like(x, dtype=torch.bool)
         args = list(args)
-        for i, argument in enumerate(schema.arguments):  # dropout inside a fused kernel
-            if argument.name in ("dropout_p", "dropout"):
+        for i, argument in enumerate(names):  # dropout inside a fused kernel
+            if argument in ("dropout_p", "dropout"):
                 if i < len(args):
+                    self.drew |= bool(args[i])
                     args[i] = 0.0
-                elif argument.name in kwargs:
-                    kwargs[argument.name] = 0.0
+                elif argument in kwargs:
+                    self.drew |= bool(kwargs[argument])
+                    kwargs[argument] = 0.0
         result = func(*args, **kwargs)
         constant = _CONSTANTS.get(name)
         if constant is not None:
-            settings = {a.name: v for a, v in zip(schema.arguments, args, strict=False)}
+            self.drew = True
+            settings = dict(zip(names, args, strict=False))
             result.fill_(constant({**settings, **kwargs}, self.part))
         return result
 

@@ -1,5 +1,6 @@
 """Dry runs of a user's own step on records of the data: before step 0, and again now and then."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,13 +12,14 @@ from torch import nn
 
 from defend.batching import memory
 from defend.privacy.checks.constant_randomness import seeded
-from defend.privacy.checks.dry_run_records import positions_to_try
+from defend.privacy.checks.dry_run_records import Survey, positions_to_try, survey
 from defend.privacy.checks.module_copy import copy_of_module, tensors_of
-from defend.privacy.checks.selftest import RECORDS, SelfTest, selftest
+from defend.privacy.checks.selftest import RECORDS, SelfTest, Source, selftest
+from defend.privacy.checks.state_watch import StateWatch
 from defend.privacy.checks.step_under_test import StepUnderTest
 from defend.privacy.gradients.per_record import PerRecordGradients
 from defend.privacy.mechanism.gaussian import clip_factors
-from defend.privacy.mechanism.generators import generators_in
+from defend.privacy.mechanism.generators import Generator, generators_in
 from defend.privacy.mechanism.user_randomness import UserRandomness
 
 
@@ -33,6 +35,7 @@ class DryRun:
 
     Attributes:
         records: how many are tried; all but one of them are in the batch at once.
+        pending: whether the whole self-test is still to come.
     """
 
     def __init__(
@@ -42,22 +45,25 @@ class DryRun:
             return step.collate([item for record in records for item in record])
 
         self.module, self.dataset = module, dataset
-        self.step = replace(step, collate=collate)
+        self.step = replace(step, collate=collate, user_code=(*step.user_code, dataset))
         self.max_grad_norm = max_grad_norm
         self.records = RECORDS
+        self.pending = False
         self._turn = 0
 
-    def selftest(self, rows: int | None = None) -> SelfTest | None:
+    def selftest(self, rows: int | None = None, *, whole: bool = False) -> SelfTest | None:
         """The self-test: whole the first time, in short and on other records after that.
 
         Args:
             rows: rows of an ordinary chunk.
+            whole: whether it is to be whole once more.
 
         Returns:
             None for a data set of fewer than three records: too few to mix.
         """
         turn, self._turn = self._turn, self._turn + 1
-        records = self._load(turn)
+        records = self._load(turn, self._generators())
+        generators = self._generators()  # loading may have made one
         if len(records) < 3:
             return None
         return selftest(
@@ -66,13 +72,15 @@ class DryRun:
             self.step,
             max_grad_norm=self.max_grad_norm,
             rows=rows,
-            turn=turn,
+            turn=0 if whole else turn,
+            source=Source(self._survey.values, lambda: self._load(turn, generators)),
         )
 
     def peak_bytes(self, rows: int) -> int:
         """Most bytes that a private step on `rows` rows allocates; on a GPU only."""
         count = -(-rows // self.step.views)
-        batch = self.step.collate(list(itertools.islice(itertools.cycle(self._load(0)), count)))
+        records = self._load(0, self._generators())
+        batch = self._batch_of(list(itertools.islice(itertools.cycle(records), count)))
         device = next(self.module.parameters()).device
         with torch.random.fork_rng([device], device_type="cuda"):
             return memory.peak_bytes(lambda: self._step_on(batch, count), device)
@@ -80,26 +88,48 @@ class DryRun:
     @contextmanager
     def secret_numbers(self) -> Iterator[Callable[..., None]]:
         """Inside, what the user's code draws is secret; gives what renews it."""
-        code = (self.dataset, self.module, *self.step.user_code)
+        code = (self.module, *self.step.user_code)
         users = UserRandomness(code, self.step.share)
         with users.secret():
             yield users.renew
 
+    def watch(self) -> StateWatch:
+        """What notices that something is kept from one step to the next, outside of the step."""
+        return StateWatch(self.module, self.step.user_code, self.step.share)
+
     def views_are_alike(self) -> bool:
         """Whether the views of a record are the same rows: K times the work for nothing."""
-        rows, views = tensors_of(self.step.collate(self._load(0, most=1))), self.step.views
+        batch, views = self._batch_of(self._load(0, self._generators(), one=True)), self.step.views
+        rows = tensors_of(batch)
         return not any(bool((t != t[:1]).any()) for t in rows if t.ndim and len(t) == views)
 
     def free_bytes(self) -> int:
         """Bytes that are left; on a GPU only."""
         return memory.free_bytes(next(self.module.parameters()).device)
 
-    def _load(self, turn: int, most: int | None = None) -> list[list[Any]]:
+    @functools.cached_property
+    def _survey(self) -> Survey:
+        with seeded(0, (), self._generators()):
+            return survey(self.dataset)
+
+    def _generators(self) -> list[Generator]:
+        """Those that the code keeps which makes the batches."""
+        return generators_in(self.step.user_code, self.step.share)
+
+    def _load(self, turn: int, generators: list[Generator], one: bool = False) -> list[list[Any]]:
         """Records, each as the items that the data set gives for it, one a view."""
-        generators = generators_in((self.dataset, *self.step.user_code), self.step.share)
+        odd = [] if one else self._survey.odd
         with seeded(turn, (), generators):
-            positions = positions_to_try(self.dataset, self.records, turn)[:most]
+            positions = positions_to_try(self.dataset, 1 if one else self.records, turn, odd)
             return [[self.dataset[i] for _ in range(self.step.views)] for i in positions]
+
+    def _batch_of(self, records: list[list[Any]]) -> Any:
+        """A batch as the step gets it."""
+        copy = copy_of_module(self.module, self.step.share)
+        try:
+            return self.step.prepare(copy, self.step.collate(records))
+        finally:
+            self.step.restart(copy)
 
     def _step_on(self, batch: Any, records: int) -> None:
         """Forward, backward and clip on a copy of the module; nothing is kept."""
@@ -111,6 +141,7 @@ class DryRun:
                 self.step.backward(self.step.loss(copy, batch) * rows)
             engine.weighted_sum(clip_factors(engine.norms(rows, grouped=False), 1.0))
         finally:
+            self.step.restart(copy)
             engine.remove()
 
 

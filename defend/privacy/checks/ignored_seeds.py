@@ -18,8 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from defend.privacy.mechanism.generators import Generator
 
 # How many trials are under way, and how many of them ignore seeds. Generators that are made in one
-# outlive it, and are ordinary ones from then on.
-_trials, _ignoring = [0], [0]
+# outlive it, and are ordinary ones from then on. How many were made or seeded so far.
+_trials, _ignoring, _made = [0], [0], [0]
+
+
+def generators_made() -> int:
+    """A count that grows with each generator of numpy or Python made or seeded in a trial."""
+    return _made[0]
 
 
 @contextmanager
@@ -110,6 +115,7 @@ def _ignore_seed(*_: Any, **__: Any) -> torch.Generator:
 
 def _seed_for(given: Any) -> Any:
     """The seed that a generator starts from, where user code gave one or none."""
+    _made[0] += 1
     if _ignoring[0] or (given is None and _trials[0]):
         # From Python's: numpy's is drawn from row by row, so it stands elsewhere for each batch.
         return random.getrandbits(31)

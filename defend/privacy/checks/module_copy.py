@@ -52,7 +52,7 @@ def copy_of_module(module: nn.Module, share: Sequence[Any] = ()) -> nn.Module:
         ) from error
 
 
-def state_of(module: nn.Module) -> dict[str, Tensor]:
+def tensors_by_name(module: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers, by name."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -81,7 +81,7 @@ def trace(
         "gradient": [p.grad for p in module.parameters()],
         "requires_grad": [p.requires_grad for p in module.parameters()],
         "training mode": [m.training for m in module.modules()],
-        "weight or buffer": list(state_of(module).values()),
+        "weight or buffer": list(tensors_by_name(module).values()),
         "random state": [torch.get_rng_state()]
         + [torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"],
     }

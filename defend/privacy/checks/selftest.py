@@ -8,25 +8,47 @@ So the step is tried, on a copy of the module and a few records:
    weighted or summed losses, mixed, dropped or doubled rows and weights that the hooks miss fail.
 2. **Leave one out.** Without one record the clipped sum moves by at most C, attack included.
 3. **Replace one.** With another record in its place, nothing about the other records changes, under
-   real random numbers (the same ones): not their gradients, nor their adversarial versions.
-4. **No trace.** The attack leaves gradients, modes, buffers and random state as they were; the
-   step moves no weights, and no buffer takes up what the records hold.
+   real random numbers (the same ones): not their gradients, nor their adversarial versions. Nor do
+   their gradients with a record there that is changed field by field: to each value that occurs in
+   the data, rare ones first, to an outlier and to zeros. In float64 where the step takes it, so
+   that no slack for rounding hides a coupling.
+4. **No trace.** The attack leaves gradients, modes, buffers and random state as they were; the step
+   moves no weights, and no buffer or frozen weight takes up what the records hold. The step that
+   follows does not depend on who was in the batch before it.
 """
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from defend.errors import InputError, PrivacyError
+from defend.privacy.checks.changes import occurring_values
 from defend.privacy.checks.comparisons import Comparisons
 from defend.privacy.checks.module_copy import copy_of_module
+from defend.privacy.checks.rare_records import Effort, refuse_rare_couplings
 from defend.privacy.checks.step_on_copy import StepOnCopy
-from defend.privacy.checks.step_under_test import StepUnderTest
+from defend.privacy.checks.step_under_test import StepUnderTest, in_double
 
 RECORDS = 7  # six in the batch, one to take another's place
+_SECONDS = 0.5  # for rare records, at the start
+_MOST_IN_DOUBLE = 2**22  # weights: 200 MB for the gradients of six records
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the records of a test are from.
+
+    Attributes:
+        values: the integers that occur in each field of an item (`occurring_values`).
+        reload: loads the same records anew; None where nothing that a step does changes them.
+    """
+
+    values: list[Counter[int]]
+    reload: Callable[[], list[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +91,7 @@ def selftest(
     max_grad_norm: float = 1.0,
     rows: int | None = None,
     turn: int = 0,
+    source: Source | None = None,
 ) -> SelfTest:
     """Try the step on a copy of `module` and report whatever breaks the guarantee.
 
@@ -84,7 +107,7 @@ def selftest(
         turn: 0 for the whole test; 1, 2, … for another look later on: the first part, under other
             random numbers each time, and with an attack the third, since an attack goes other ways
             once the model has learned something.
-
+        source: where the records are from; None where nothing else is known of it.
 
     Returns:
         The findings; `require()` raises if there are any.
@@ -96,9 +119,10 @@ def selftest(
     start = time.perf_counter()
     if len(records) < 3:
         raise InputError(f"Expected at least 3 records for the self-test, got {len(records)}.")
-    step.on_look(turn)
+    step.on_look()
     copy = StepOnCopy(copy_of_module(module, step.share), step)
-    comparisons = Comparisons(copy, list(records), max_grad_norm)
+    source = source or Source(occurring_values(records))
+    comparisons = Comparisons(copy, list(records), max_grad_norm, source.reload)
     findings: tuple[str, ...] = ()
     largest = 0.0
     try:
@@ -107,8 +131,31 @@ def selftest(
                 largest = comparisons.all_parts(rows)
             else:
                 comparisons.later_parts(turn)
+            _try_rare_ones(module, comparisons, source.values, turn)
     except PrivacyError as error:  # ours, or what reading the gradients found by itself
         findings = (str(error),)
     finally:
         copy.remove()
     return SelfTest(findings, largest, time.perf_counter() - start)
+
+
+def _try_rare_ones(
+    module: nn.Module, comparisons: Comparisons, values: list[Counter[int]], turn: int
+) -> None:
+    """In float64 where the step takes it, else as it trains; on a GPU only where it does.
+
+    An index that is out of range stops a GPU for good, so nothing is tried there.
+    """
+    step, records = comparisons.step, comparisons.records
+    effort = Effort(fewest=1, turn=turn) if turn else Effort(fewest=4, seconds=_SECONDS)
+    small = sum(p.numel() for p in module.parameters()) <= _MOST_IN_DOUBLE
+    if turn == 0 and small and not step.half:
+        copy = StepOnCopy(copy_of_module(module, step.share).to("cpu").double(), in_double(step))
+        copy.draws, copy.keeps = comparisons.copy.draws, comparisons.copy.keeps
+        try:
+            if refuse_rare_couplings(copy, records, values, effort):
+                return
+        finally:
+            copy.remove()
+    if all(device.type == "cpu" for device in comparisons.copy.devices):
+        refuse_rare_couplings(comparisons.copy, records, values, effort)

@@ -1,6 +1,7 @@
 """A user's step on a copy of the module, from one and the same state at each call."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,11 +9,21 @@ from torch import Tensor, nn
 
 from defend.errors import PrivacyError
 from defend.privacy.checks.constant_randomness import seeded
+from defend.privacy.checks.differences import mixture, worst_difference
+from defend.privacy.checks.ignored_seeds import generators_made
+from defend.privacy.checks.kept_state import remember
 from defend.privacy.checks.loss_graph import leaves_of
-from defend.privacy.checks.module_copy import changed, restore, state_of, trace
+from defend.privacy.checks.module_copy import changed, restore, tensors_by_name, trace
 from defend.privacy.checks.step_under_test import StepUnderTest
 from defend.privacy.gradients.per_record import PerRecordGradients
-from defend.privacy.mechanism.generators import generators_in
+from defend.privacy.mechanism.generators import (
+    GLOBAL,
+    generators_in,
+    is_users,
+    objects_in,
+    same_state,
+    state_of,
+)
 
 
 class StepOnCopy:
@@ -28,7 +39,10 @@ class StepOnCopy:
         parameters: the trainable parameters by name, in the order of every list of gradients.
         devices: where the parameters are.
         generators: random generators that the copy and the user's other code keep.
-        start: parameters and buffers as they were at first; every call begins there.
+        start: parameters and buffers as they were at first; `batch_of` begins there each time.
+        drew: whether a generator of these, a global one or a new one was drawn from or seeded.
+        keeps: whether the step was seen to leave something behind, if only a count.
+        draws: whether the step may draw random numbers; where it does not, none are started anew.
 
     Raises:
         PrivacyError: for layers whose per-record gradients cannot be had.
@@ -39,28 +53,74 @@ class StepOnCopy:
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._engine = PerRecordGradients(module, views=step.views, loss_reduction="sum")
         self.devices = sorted({p.device for p in module.parameters()}, key=str)
-        self.start = state_of(module)
-        self.generators = generators_in((module, *step.user_code), step.share)
+        self.start = tensors_by_name(module)
+        classes = {type(m) for m in module.modules() if is_users(type(m))}
+        tables = [t for m in module.modules() for t in (m._parameters, m._buffers)]
+        roots, skip = (module, *classes, *step.user_code), (*step.share, *tables)
+        self.generators = generators_in(roots, skip)
+        self._put_back = remember(objects_in(roots, skip, users_only=True))
+        self.drew, self.draws, self.keeps = False, True, False
         self._leaves: dict[int, Tensor] = {}  # of the last loss, without the module's
 
     def remove(self) -> None:
-        """Take the hooks off the copy."""
+        """Take the hooks off the copy, and leave what the user's code keeps as it was."""
+        self._put_back()
+        self.step.restart(self.module)
         self._engine.remove()
 
-    def seeded(self, seed: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
         """Inside, every random generator starts from `seed`."""
-        return seeded(seed, self.devices, self.generators)
+        if not self.draws:
+            yield
+            return
+        generators = (*GLOBAL, *self.generators)
+        with seeded(seed, self.devices, self.generators):
+            before, made = [state_of(g) for g in generators], generators_made()
+            yield
+            stood = all(map(same_state, before, map(state_of, generators)))
+            self.drew |= not stood or generators_made() > made
+
+    def difference(
+        self, found: list[Tensor], expected: list[Tensor], *, same_shapes: bool = False
+    ) -> tuple[str, float] | None:
+        """Where two gradients differ most (`worst_difference`); None if by rounding."""
+        return worst_difference(
+            self.parameters, found, expected, half=self.step.half, same_shapes=same_shapes
+        )
+
+    def batch_of(self, records: list[Any]) -> Any:
+        """From the start again: the batch of some records, as the step gets it."""
+        self.keeps |= self._put_back()
+        restore(self.module, self.start)
+        self.step.restart(self.module)
+        return self._prepared(records)
 
     def attacked(self, records: list[Any]) -> Any:
-        """The adversarial batch of some records; without an attack the batch itself.
+        """From the start again: the adversarial batch; without an attack the batch itself.
 
         Raises:
             PrivacyError: if the attack left anything behind.
         """
-        batch = self.step.collate(list(records))
+        return self._attacked(self.batch_of(records))
+
+    def next_attacked(self, batch: Any, load: Callable[[], list[Any]]) -> Any:
+        """After the step on a batch, from the state that it left: the next one.
+
+        Args:
+            batch: of the step before, as that got it.
+            load: gives the records of the next one.
+        """
+        for p in self.parameters.values():
+            p.grad = torch.zeros_like(p)  # a release would be here, not the records' own
+        self.step.finish(self.module, batch)
+        for p in self.parameters.values():
+            p.grad = None
+        return self._attacked(self._prepared(load()))
+
+    def _attacked(self, batch: Any) -> Any:
         if self.step.attack is None:
             return batch
-        self._restore()
         before = trace(self.module, self.devices, self._engine)
         batch = self.step.attack(self.module, batch)
         left = changed(before, trace(self.module, self.devices, self._engine))
@@ -74,15 +134,12 @@ class StepOnCopy:
     def attacked_reseeded(self, records: list[Any], number: int) -> Any:
         """The adversarial batch from other secret numbers, and other global ones."""
         assert self.step.attack_reseeded is not None
-        self._restore()
         with self.seeded(4 + number):
-            batch = self.step.collate(list(records))
-            return self.step.attack_reseeded(self.module, batch, number)
+            return self.step.attack_reseeded(self.module, self.batch_of(records), number)
 
     def gradients(self, batch: Any, records: int) -> list[Tensor]:
-        """gᵢ of each record of a batch, `[records, *shape]` for each parameter."""
+        """gᵢ of each record of the batch that was made last, `[records, *shape]` a parameter."""
         rows = records * self.step.views
-        self._restore()
         self._engine.expect(rows)
         with torch.enable_grad():
             loss = self.step.loss(self.module, batch)
@@ -93,18 +150,36 @@ class StepOnCopy:
         finally:
             self._engine.clear()
 
+    def gradients_in_a_row(self, records: list[Any], seed: int, steps: int) -> list[list[Tensor]]:
+        """Of some steps in a row on clean rows of the same records, each from `seed`.
+
+        Returns:
+            For each step the `mixture` of the records' gradients.
+        """
+        found: list[list[Tensor]] = []
+        batch = None
+        for _ in range(steps):
+            with self.seeded(seed):
+                if batch is None:
+                    batch = self.batch_of(records)
+                else:
+                    self.step.finish(self.module, batch)
+                    batch = self._prepared(records)
+            with self.seeded(seed):
+                found.append(mixture(self.gradients(batch, len(records))))
+        return found
+
     def seeded_gradients(self, records: list[Any], seed: int) -> list[Tensor]:
         """gᵢ of each record of a batch without an attack, the global RNGs at `seed`."""
         with self.seeded(seed):
-            batch = self.step.collate(list(records))
+            batch = self.batch_of(records)
         with self.seeded(seed):  # a fit renews all numbers before the forward, too
             return self.gradients(batch, len(records))
 
     def gradient_alone(self, record: Any, seed: int) -> list[Tensor]:
         """The gradient of a record in a batch of its own, by autograd and without hooks."""
-        self._restore()
         with self.seeded(seed):
-            batch = self.step.collate([record])
+            batch = self.batch_of([record])
         with self.seeded(seed), self._engine.paused(), torch.enable_grad():
             # Not `autograd.grad`: reentrant checkpoints forbid it.
             self.step.backward(self.step.loss(self.module, batch))
@@ -112,6 +187,9 @@ class StepOnCopy:
             torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
             for p in self.parameters.values()
         ]
+
+    def _prepared(self, records: list[Any]) -> Any:
+        return self.step.prepare(self.module, self.step.collate(list(records)))
 
     def _refuse_foreign_weights(self, loss: Tensor) -> None:
         """A leaf that comes back at each call, and is not the module's, was not made by the step.
@@ -128,6 +206,3 @@ class StepOnCopy:
                     f"a tensor of shape {tuple(leaf.shape)} outside of it, raw. Make it a part of "
                     "the module, or of no gradient: requires_grad_(False), torch.no_grad()."
                 )
-
-    def _restore(self) -> None:
-        restore(self.module, self.start)

@@ -114,6 +114,15 @@ def state_of(generator: Generator) -> Any:
     return _bits_of(generator).state
 
 
+def same_state(one: Any, other: Any) -> bool:
+    """Whether two states of a generator are the same."""
+    if isinstance(one, dict):
+        return all(same_state(value, other[name]) for name, value in one.items())
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    return bool(np.all(one == other))
+
+
 def put_back(generator: Generator, state: Any) -> None:
     """Set a generator to where it stood."""
     if isinstance(generator, torch.Generator | RandomState):
@@ -136,7 +145,8 @@ _LEAVES = (str, bytes, int, float, complex, Tensor, np.ndarray, type(None), rand
 # Code of these draws from generators that it is given, or from the global ones.
 _LIBRARIES = sys.stdlib_module_names | {
     "defend", "lightning", "lightning_fabric", "numpy", "opacus", "pytorch_lightning", "torch",
-    "torchattacks", "torchvision",
+    "torchattacks", "torchvision", "torchmetrics", "transformers", "timm", "peft", "scipy",
+    "sklearn", "pandas", "matplotlib", "tqdm", "PIL", "huggingface_hub", "safetensors",
 }  # fmt: skip
 _CLOSED = {"defend", "lightning", "lightning_fabric", "pytorch_lightning", "mlflow"}
 
@@ -153,7 +163,21 @@ def generators_in(roots: Iterable[Any], skip: Iterable[Any] = ()) -> list[Genera
         roots: where to begin: a data set, a collate function, a module.
         skip: objects that are not entered, such as a trainer.
     """
-    found, queue = [], deque(roots)
+    return [value for value in objects_in(roots, skip) if isinstance(value, Generator)]
+
+
+def objects_in(
+    roots: Iterable[Any], skip: Iterable[Any] = (), *, users_only: bool = False
+) -> Iterator[Any]:
+    """The objects that others refer to, as `generators_in` looks at them; no plain values.
+
+    Args:
+        roots: where to begin.
+        skip: objects that are not entered.
+        users_only: whether the code of installed packages, their classes and functions, is left
+            out. Objects of theirs are not.
+    """
+    queue = deque(roots)
     first = {id(root) for root in queue}
     # Each is kept until the end, so that no other object takes over its id.
     seen = {id(value): value for value in (*skip, *GLOBAL) if id(value) not in first}
@@ -162,11 +186,24 @@ def generators_in(roots: Iterable[Any], skip: Iterable[Any] = ()) -> list[Genera
         if isinstance(value, _LEAVES) or id(value) in seen:
             continue
         seen[id(value)] = value
-        if isinstance(value, Generator):
-            found.append(value)
-        elif id(value) in first or _package(type(value)) not in _CLOSED:
+        yield value
+        open_to_us = id(value) in first or _package(type(value)) not in _CLOSED
+        if users_only and isinstance(value, type | types.FunctionType) and not is_users(value):
+            continue
+        if open_to_us and not isinstance(value, Generator):
             queue.extend(_parts(value))
-    return found
+
+
+def is_users(kind: Any) -> bool:
+    """Whether a class or function is the user's, not Python's or an installed package's."""
+    return _is_users_module(kind.__module__ or "")
+
+
+@functools.cache
+def _is_users_module(name: str) -> bool:
+    file = getattr(sys.modules.get(name), "__file__", None) or ""
+    installed = "site-packages" in file or "dist-packages" in file
+    return not installed and name.partition(".")[0] not in _LIBRARIES
 
 
 def _package(part: Any) -> str:
@@ -221,7 +258,7 @@ def _parts_of_function(function: types.FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
     if _package(function) in _LIBRARIES:
         return
-    names = set(_names(function.__code__))
+    names = set(names_in(function.__code__))
     for name in names & function.__globals__.keys():
         yield from _named(function.__globals__[name], names)
 
@@ -237,8 +274,9 @@ def _named(value: Any, names: set[str]) -> Iterator[Any]:
                 yield from _named(part, names - {name})
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
+def names_in(code: types.CodeType) -> Iterator[str]:
+    """The names that a function's code uses, those of functions within too."""
     yield from code.co_names
     for constant in code.co_consts:  # functions within
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            yield from names_in(constant)

@@ -1,0 +1,219 @@
+"""What changes between two steps beside the weights that train: it would be kept without noise."""
+
+import itertools
+import secrets
+import types
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from defend.privacy.mechanism.generators import is_users, names_in, objects_in
+
+_MOST_NUMBERS = 2**18  # of a tensor that are looked at: a part of larger ones, each time another
+_MOST_ITEMS = 1_000
+
+Kept = dict[tuple[int, str], Any]
+
+
+class StateWatch:
+    """Notices that code of the user's writes to something that is no weight that trains.
+
+    Buffers and frozen weights, which are published, are looked at before and after each step. What
+    else the user's code keeps (tensors, arrays and fractions, as attributes and in built-in
+    containers) takes longer to find, and is looked at where it is asked for. Whole numbers, and
+    what is added to containers, are no finding: counters, and lists of losses.
+
+    Args:
+        module: whose parameters that require a gradient train.
+        code: the user's objects beside it: data set, callbacks, loss.
+        skip: objects that are not entered, such as a trainer.
+    """
+
+    def __init__(
+        self, module: nn.Module, code: Iterable[Any] = (), skip: Iterable[Any] = ()
+    ) -> None:
+        self._module, self._code, self._skip = module, tuple(code), tuple(skip)
+        self._published: _Fingerprint | None = None  # after a step, or a pause
+        self._before_step: _Fingerprint | None = None
+        self._kept: Kept | None = None
+        self._changed: list[str] = []
+        self._deep = self._paused = False
+
+    def note(self, *, deep: bool = False) -> list[str]:
+        """A step is over, its user's part at least: from here on only the optimizer works.
+
+        Args:
+            deep: whether to look at all that the user's code keeps.
+
+        Returns:
+            Names of what the step itself changed, since `take`.
+        """
+        before, self._before_step = self._before_step, None
+        inside = [] if before is None else before.changed(self._module)
+        self._deep, self._published = deep, _Fingerprint(self._module)
+        self._kept = self._all_kept() if deep else None
+        return inside
+
+    def pause(self) -> None:
+        """What changes from here to `go_on` is no concern."""
+        self._paused = self._published is not None
+        if self._published is not None:
+            self._changed += self._published.changed(self._module)
+        if self._kept is not None:
+            self._changed += _differing(self._kept, self._all_kept())
+        self._published = self._kept = None
+
+    def go_on(self) -> None:
+        """After a pause, as before it."""
+        if self._paused:
+            self.note(deep=self._deep)
+
+    def take(self) -> list[str]:
+        """A step begins: names of what changed between `note` and here, each once."""
+        self.pause()
+        changed, self._changed = list(dict.fromkeys(self._changed)), []
+        self._before_step = _Fingerprint(self._module)
+        return changed
+
+    @property
+    def published(self) -> set[str]:
+        """The names of buffers and frozen weights."""
+        return set(_published(self._module))
+
+    def _all_kept(self) -> Kept:
+        tables = [t for m in self._module.modules() for t in (m._parameters, m._buffers)]
+        roots = (self._module, *self._code)
+        objects = objects_in(roots, (*self._skip, *tables), users_only=True)
+        return {key: value for owner in objects for key, value in _kept_by(owner)}
+
+
+class _Fingerprint:
+    """The bits of a module's buffers and frozen weights, in a number each."""
+
+    def __init__(self, module: nn.Module, part: float | None = None) -> None:
+        self._part = secrets.randbelow(2**20) / 2**20 if part is None else part
+        tensors = _published(module)
+        self._names = list(tensors)
+        sums = [_bits(t, self._part) for t in tensors.values()]
+        # One number on each device that is waited for, not one for each tensor.
+        self._sums = {d: torch.stack([s for s in sums if s.device == d]) for d in _devices(sums)}
+        self._each = sums
+
+    def changed(self, module: nn.Module) -> list[str]:
+        """Names under which something else stands by now; new ones do not count."""
+        now = _Fingerprint(module, self._part)
+        same_names = self._names == now._names and self._sums.keys() == now._sums.keys()
+        if same_names and all(torch.equal(s, now._sums[d]) for d, s in self._sums.items()):
+            return []
+        others = dict(zip(now._names, now._each, strict=True))
+        pairs = [(n, s) for n, s in zip(self._names, self._each, strict=True) if n in others]
+        return [name for name, s in pairs if not torch.equal(s.cpu(), others[name].cpu())]
+
+
+def _devices(tensors: Iterable[Tensor]) -> set[torch.device]:
+    return {t.device for t in tensors}
+
+
+def _published(module: nn.Module) -> dict[str, Tensor]:
+    frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}
+    return {**dict(module.named_buffers()), **frozen}
+
+
+@torch.no_grad()
+def change_published(module: nn.Module, names: Iterable[str]) -> set[str]:
+    """Give those of a module's buffers and frozen weights other values; returns their names."""
+    tensors = _published(module)
+    found = {name: tensors[name] for name in names if name in tensors}
+    for tensor in found.values():
+        tensor.data = tensor.logical_not() if tensor.dtype is torch.bool else tensor + 1
+    return set(found)
+
+
+def _kept_by(owner: Any) -> Iterator[tuple[tuple[int, str], Any]]:
+    """The numbers that an object of the user's holds directly, by the object and their name."""
+    items: list[tuple[Any, Any]]
+    if isinstance(owner, types.FunctionType):
+        space = owner.__globals__
+        items = [(name, space[name]) for name in names_in(owner.__code__) if name in space]
+    elif isinstance(owner, dict):
+        items = list(owner.items())[:_MOST_ITEMS]
+    elif isinstance(owner, list | deque):
+        items = list(enumerate(itertools.islice(owner, _MOST_ITEMS)))
+        if items and isinstance(items[-1][1], Tensor | np.ndarray):
+            yield (id(owner), "length"), len(owner)  # a queue of tensors, not a list of losses
+    elif is_users(type(owner)):
+        items = list(getattr(owner, "__dict__", {}).items())
+    else:
+        return
+    prefix = "" if isinstance(owner, dict | list | deque) else f"{_name_of(owner)}."
+    attributes = not isinstance(owner, dict | list | deque | types.FunctionType)
+    for name, value in items:
+        for place, part in enumerate(value if isinstance(value, tuple) else (value,)):
+            number = _number_of(part)
+            if attributes and isinstance(part, dict | list):  # another one may take its place
+                contents = [_number_of(v) for v in _some_of(part)]
+                key = f"{prefix}{name} of {len(part)}"
+                yield (id(owner), key), hash(tuple(map(_plain, contents)))
+            if number is not None or attributes:
+                yield (id(owner), f"{prefix}{name}{f'[{place}]' if place else ''}"), number
+
+
+def _some_of(container: Any) -> list[Any]:
+    values = container.values() if isinstance(container, dict) else container
+    return list(itertools.islice(values, _MOST_ITEMS))
+
+
+def _plain(number: Any) -> Any:
+    return int(number) if isinstance(number, Tensor) else number
+
+
+def _name_of(owner: Any) -> str:
+    return getattr(owner, "__name__", type(owner).__name__)
+
+
+def _number_of(value: Any) -> Any:
+    """What tells a number, or many, from others; None where there is none."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return _bits(value)
+    if isinstance(value, np.ndarray) and not isinstance(value, np.memmap):
+        return zlib.crc32(value.tobytes()) if value.dtype.kind in "biufc" else None
+    if isinstance(value, float | np.floating):
+        return float(value)
+    return None
+
+
+def _differing(before: Kept, now: Kept) -> list[str]:
+    """The names under which another number stands than before; new ones do not count."""
+    return [key[1] for key in before if key in now and _differ(before[key], now[key])]
+
+
+def _differ(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return int(one) != int(other)
+    if other is None or one is None:
+        return one is not other and other is not None
+    return bool(one != other) and not (one != one and other != other)  # NaN is no change
+
+
+@torch.no_grad()
+def _bits(tensor: Tensor, part: float = 0.0) -> Tensor:
+    """The sum of the bits: any single value that changes, changes it.
+
+    Args:
+        tensor: of any kind.
+        part: where to look at a tensor that is large, in [0, 1).
+    """
+    odd = tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized
+    if odd or type(tensor) not in (Tensor, nn.Parameter):
+        return torch.tensor(tensor._version)
+    tensor = tensor.detach()
+    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+    start = int(part * max(len(flat) - _MOST_NUMBERS, 0))
+    flat = flat[start : start + _MOST_NUMBERS].contiguous()
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return flat.view(kinds[flat.element_size()]).sum()

@@ -1,0 +1,318 @@
+"""Hooks after a step that keep something: of records it is refused, of weights it trains."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from defend import DifferentialPrivacy, PrivacyError
+from defend.training.config import Privacy
+from defend.training.private_loop import make_private
+from tests.helpers import data, trainer
+
+ROWS = 24
+
+
+class Net(pl.LightningModule):
+    """Has places where things can be kept, and uses none of them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(8, 3)
+        self.teacher = nn.Linear(8, 3).requires_grad_(False)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.weights, self.losses = torch.ones(ROWS), []
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.losses.append(batch[0].sum())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+# --- what is done, as (module, batch)
+
+
+def running_mean(module, batch):
+    module.mean.mul_(0.9).add_(0.1 * batch[0].mean(0))
+
+
+def behind_the_version(module, batch):
+    module.mean.data = 0.9 * module.mean.data + 0.1 * batch[0].mean(0)
+
+
+def prototypes(module, batch):
+    module.teacher.weight[0] = batch[0][batch[1] == 0].sum(0)
+
+
+def prototypes_by_data(module, batch):
+    module.teacher.weight.data.copy_(batch[0][:3])
+
+
+UNSOUND = (running_mean, behind_the_version, prototypes, prototypes_by_data)
+
+
+def average_of_weights(module, batch):
+    for mine, its in zip(module.teacher.parameters(), module.net.parameters(), strict=True):
+        mine.data.mul_(0.9).add_(0.1 * its.data)
+
+
+def average_now_and_then(module, batch):
+    if module.trainer.global_step % 2 == 0:
+        average_of_weights(module, batch)
+
+
+def schedule(module, batch):
+    module.mean.fill_(0.9**module.trainer.current_epoch)
+
+
+def counter(module, batch):
+    module.count += 1
+
+
+def figures(module, batch):
+    module.losses.clear()
+    module.last = batch[0].mean()
+
+
+SOUND = (average_of_weights, average_now_and_then, schedule, counter, figures)
+
+# --- and where
+
+
+class After(pl.Callback):
+    def __init__(self, change):
+        self.change = change
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.change(pl_module, batch)
+
+
+class AtTheEnd(pl.Callback):
+    """What the step saw last is used when the epoch is over."""
+
+    def __init__(self, change):
+        self.change, self.batch = change, None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.batch = [t.clone() for t in batch]
+
+    @torch.no_grad()
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.change(pl_module, self.batch)
+
+
+class AfterAll(AtTheEnd):
+    def on_train_epoch_end(self, trainer, pl_module):
+        pass
+
+    @torch.no_grad()
+    def on_train_end(self, trainer, pl_module):
+        self.change(pl_module, self.batch)
+
+
+def on_module(change):
+    class Hooked(Net):
+        @torch.no_grad()
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            change(self, batch)
+
+    return Hooked(), []
+
+
+def before_the_gradient_goes(change):
+    class Hooked(Net):
+        def training_step(self, batch, batch_idx):
+            self.seen = batch
+            return super().training_step(batch, batch_idx)
+
+        @torch.no_grad()
+        def on_before_zero_grad(self, optimizer):
+            change(self, self.seen)
+
+    return Hooked(), []
+
+
+PLACES = {
+    "after a batch": lambda change: (Net(), [After(change)]),
+    "after an epoch": lambda change: (Net(), [AtTheEnd(change)]),
+    "after the training": lambda change: (Net(), [AfterAll(change)]),
+    "module": on_module,
+    "module, before the gradient goes": before_the_gradient_goes,
+}
+
+
+def fitted(module, hooks, dataset=None, **settings):
+    dp = DifferentialPrivacy(
+        noise_multiplier=1.0, delta=1e-3, max_grad_norm=1.0, ledger=False, **settings
+    )
+    fit = trainer(callbacks=[*hooks, dp], max_epochs=3, limit_val_batches=1)
+    loader = DataLoader(data(ROWS) if dataset is None else dataset, batch_size=12)
+    fit.fit(module, loader, DataLoader(data(4), batch_size=4))
+    return dp
+
+
+def pairs(changes):
+    places = list(PLACES)
+    return [
+        (places[(number + shift) % len(places)], change)
+        for number, change in enumerate(changes)
+        for shift in range(3)
+    ]
+
+
+@pytest.mark.parametrize(("place", "change"), pairs(UNSOUND))
+def test_what_is_kept_of_the_records_is_refused(place, change):
+    module, hooks = PLACES[place](change)
+    with pytest.raises(PrivacyError, match=r"`(mean|teacher\.weight)`") as caught:
+        fitted(module, hooks)
+    assert "The last look that found nothing was after step" in str(caught.value)
+
+
+@pytest.mark.parametrize(("place", "change"), pairs(SOUND))
+def test_what_is_kept_of_weights_and_counters_trains(place, change):
+    module, hooks = PLACES[place](change)
+    assert fitted(module, hooks).steps == 6
+
+
+def test_without_a_self_test_the_user_answers_for_it():
+    module, hooks = PLACES["after a batch"](running_mean)
+    assert fitted(module, hooks, selftest=False).steps == 6
+
+
+def test_what_is_computed_of_held_out_data_may_stay():
+    class Calibrated(Net):
+        @torch.no_grad()
+        def on_validation_epoch_end(self):
+            self.mean.add_(self.losses[-1])
+
+    module = Calibrated()
+    assert fitted(module, []).steps == 6
+    assert module.mean.abs().sum() > 0
+
+
+def nothing(module, batch):
+    pass
+
+
+class Fails(After):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if type(trainer) is not pl.Trainer:
+            raise OSError("no such file")
+        self.change(pl_module, batch)
+
+
+def test_what_cannot_be_tried_may_not_write():
+    assert fitted(Net(), [Fails(nothing)]).steps == 6
+    with pytest.raises(PrivacyError, match=r"Fails.on_train_batch_end: OSError: no such file"):
+        fitted(Net(), [Fails(schedule)])
+
+
+class OnlyInEarnest(After):
+    def __deepcopy__(self, memo):
+        return After(nothing)
+
+
+def test_what_no_trial_shows_is_refused():
+    with pytest.raises(PrivacyError, match=r"`mean`, which something changed after the step"):
+        fitted(Net(), [OnlyInEarnest(schedule)])
+
+
+# --- weights of records
+
+
+class Weighted(Dataset):
+    def __init__(self, kind):
+        self.points, self.weights = data(ROWS), kind(ROWS)
+
+    def __len__(self):
+        return ROWS
+
+    def __getitem__(self, i):
+        return *self.points[i], float(self.weights[i]), i
+
+
+class WeightedNet(Net):
+    """Records are weighted by their share of the last losses, or each by its own."""
+
+    kept = None
+
+    def __init__(self, shares):
+        super().__init__()
+        self.shares = shares
+
+    def training_step(self, batch, batch_idx):
+        x, y, weight, i = batch
+        losses = F.cross_entropy(self.net(x), y, reduction="none")
+        self.kept = losses.detach().double().cpu(), i.cpu()
+        return (losses * weight.to(x.dtype)).mean()
+
+    def on_train_epoch_end(self):
+        losses, i = self.kept
+        new = losses / losses.sum() if self.shares else losses.clamp(max=2.0)
+        weights = self.trainer.train_dataloader.dataset.weights
+        for place, value in zip(i.tolist(), new.tolist(), strict=True):
+            weights[place] = value
+
+
+KINDS = {
+    "array": lambda n: torch.ones(n).numpy(),
+    "tensor": torch.ones,
+    "list": lambda n: [1.0] * n,
+    "dict": lambda n: dict.fromkeys(range(n), 1.0),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_records_share_are_found(kind):
+    dataset = Weighted(KINDS[kind])
+    with pytest.raises(PrivacyError, match="nor in the batch before"):
+        fitted(WeightedNet(shares=True), [], dataset)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_of_each_record_alone_trains(kind):
+    dataset = Weighted(KINDS[kind])
+    assert fitted(WeightedNet(shares=False), [], dataset).steps == 6
+
+
+# --- a loop of one's own
+
+
+def loop(between, loss=None):
+    model = Net()
+    optimizer = torch.optim.SGD(model.net.parameters(), lr=0.1)
+    privacy = Privacy(noise_multiplier=1.0, delta=1e-3, max_grad_norm=1.0, ledger=False)
+    plain = loss or (lambda m, b: F.cross_entropy(m.net(b[0]), b[1]))
+    loader = DataLoader(data(ROWS), batch_size=12)
+    with make_private(model, optimizer, loader, loss=plain, epochs=2, privacy=privacy) as private:
+        for batch in private.loader:
+            private.step(batch)
+            with torch.no_grad():
+                between(model, batch)
+        return private.steps
+
+
+@pytest.mark.parametrize("change", UNSOUND)
+def test_in_a_loop_of_ones_own_nothing_is_kept_between_steps(change):
+    with pytest.raises(PrivacyError, match="changed between two steps"):
+        loop(change)
+    assert loop(figures) == 2
+
+
+def test_the_cure_is_to_do_it_in_the_loss():
+    def averaging(model, batch):
+        average_of_weights(model, batch)
+        return F.cross_entropy(model.net(batch[0]), batch[1])
+
+    assert loop(figures, averaging) == 2
