@@ -1,4 +1,5 @@
 # Two commands: `make demo` and `make test`. Both set up .venv on their own.
+# `make matrix` runs every cell of docs/matrix.md, and writes it; it goes on where it was stopped.
 # `make gpu` measures on a GPU with what is installed: the Python of .venv, else $(PYTHON).
 PYTHON ?= python3
 # Processes that run tests side by side.
@@ -6,7 +7,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test gpu lint pytest
+.PHONY: demo test matrix gpu lint pytest
 
 demo: $(VENV)/.demo
 	$(BIN)/python recipes/quickstart.py
@@ -22,6 +23,9 @@ lint: $(VENV)/.dev
 
 pytest: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+
+matrix: $(VENV)/.dev
+	$(BIN)/python -m tests.contracts.matrix
 
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --minutes 9
