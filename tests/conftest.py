@@ -1,3 +1,5 @@
+import functools
+import importlib.metadata
 import logging
 import os
 import warnings
@@ -9,6 +11,9 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 
 import pytest
 import torch
+
+# Each Trainer asks what is installed, which takes longer than the rest of it.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 # Programs that tests start, recipes too, import what lies here.
 _PATHS = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
@@ -28,6 +33,7 @@ def _quiet_and_seeded():
 
 
 LONGEST = (
+    "tests/contracts/test_matrix.py",
     "tests/contracts/test_sensitivity.py",
     "tests/callbacks/test_ddp.py",
     "tests/test_recipes.py",
@@ -37,6 +43,7 @@ LONGEST = (
     "tests/callbacks/test_resume.py",
     "tests/training/test_adversarial_fabric.py",
     "tests/callbacks/test_leaks.py",
+    "tests/callbacks/test_kept_state.py",
     "tests/attacks/test_peers.py",
     "tests/training/test_adversarial_uses.py",
     "tests/callbacks/test_together.py",

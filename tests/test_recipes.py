@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 def quickstart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
     process = subprocess.run(
-        [sys.executable, ROOT / "recipes" / "quickstart.py", "--epochs", "30"],
+        [sys.executable, ROOT / "recipes" / "quickstart.py", "--epochs", "20"],
         cwd=folder, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
