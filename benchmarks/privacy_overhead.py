@@ -1,19 +1,18 @@
-"""What the guards of DP-SGD cost: self-test, ledger and accounting, against the same run without.
+"""What the guards of DP-SGD cost: self-test, looks, ledger and the rest, against a run without.
 
-    python benchmarks/privacy_overhead.py [--device cpu|cuda] [--repeats 9] [--epochs 20]
-        [--threads 2] [--quick]
+    python benchmarks/privacy_overhead.py [--device cpu|cuda] [--repeats 7] [--threads 2] [--quick]
 
-Both sides train the quickstart's net on scikit-learn's digits (1,437 records, expected batch 128;
-random ones of the same shape where scikit-learn is missing, which costs the same) with DP-SGD under
-Lightning, without logger and validation, at about the same noise:
+Two trainings with DP-SGD under Lightning, without logger and validation:
 
-    guarded      target_epsilon: σ is found, ε known after each step; self-test and ledger on
-    unguarded    σ given; no self-test, no ledger, no ε after each step
+    digits    the quickstart's net on scikit-learn's digits (1,437 records, expected batch 128;
+              random ones of the same shape where scikit-learn is missing, which costs the same)
+    lenet     a LeNet on 60,000 random images of 1 × 28 × 28, expected batch 256
 
-Runs are interleaved and their order alternates; the figure is the median over the rounds of
-(seconds of a whole fit, guarded − unguarded) / (seconds of the unguarded fit). Because a machine's
-noise is of the size of what is measured, the guards are also timed by themselves inside the guarded
-runs: `share` is their sum over the seconds of the epochs. The last line is JSON.
+and of each a guarded fit (σ is found, ε known after each step; everything on) and an unguarded one
+(σ given; no self-test, no ledger, no ε after each step), interleaved, their order alternating.
+Because a machine's noise is of the size of what is measured, each guard is timed by itself inside
+the guarded fits: `start_s` is what passes before the first step, `step_ms` what a step costs, and
+`step_share` that as a part of an unguarded step. Medians over the rounds. The last line is JSON.
 """
 
 import argparse
@@ -28,6 +27,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -38,22 +38,22 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import defend
+from defend.callbacks._guarded_hooks import GuardedHooks
 from defend.privacy.accounting.budget import FitBudget
 from defend.privacy.accounting.ledger import Ledger
 from defend.privacy.checks.dry_run import DryRun
+from defend.privacy.checks.state_watch import StateWatch
+from defend.privacy.mechanism.user_randomness import UserRandomness
 from defend.training.private import PrivateTraining
 
-TARGET, DELTA, BATCH, RECORDS = 8.0, 1e-4, 128, 1437
+TARGET, DELTA = 8.0, 1e-5
 DATA = "digits" if importlib.util.find_spec("sklearn") else "random"
 
 
 class Module(pl.LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
-            nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 16, 64), nn.ReLU(), nn.Linear(64, 10),
-        )  # fmt: skip
+        self.net = net
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
@@ -63,6 +63,21 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=5e-3)
+
+
+def small_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 16, 64), nn.ReLU(), nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+def lenet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(6, 16, 5), nn.Tanh(),
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(400, 120), nn.Tanh(), nn.Linear(120, 84),
+        nn.Tanh(), nn.Linear(84, 10),
+    )  # fmt: skip
 
 
 class EpochTimer(pl.Callback):
@@ -82,18 +97,35 @@ class EpochTimer(pl.Callback):
 
 def digits() -> TensorDataset:
     if DATA == "random":
-        return TensorDataset(torch.rand(RECORDS, 1, 8, 8), torch.randint(0, 10, (RECORDS,)))
+        return TensorDataset(torch.rand(1437, 1, 8, 8), torch.randint(0, 10, (1437,)))
     from sklearn.datasets import load_digits
 
     images, targets = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    return TensorDataset(x[:RECORDS], torch.tensor(targets)[:RECORDS])
+    return TensorDataset(x[:1437], torch.tensor(targets)[:1437])
+
+
+def images() -> TensorDataset:
+    return TensorDataset(torch.rand(60_000, 1, 28, 28), torch.randint(0, 10, (60_000,)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training: its net, its data, its expected batch, and how many steps are taken."""
+
+    net: Callable[[], nn.Module]
+    data: Callable[[], TensorDataset]
+    batch: int
+    steps: int
+
+
+CASES = {"digits": Case(small_net, digits, 128, 120), "lenet": Case(lenet, images, 256, 60)}
 
 
 @contextmanager
 def timed(places: dict[str, tuple[Any, str]]) -> Any:
-    """Seconds that each of these functions takes, by name."""
-    spent: dict[str, float] = defaultdict(float)
+    """Seconds of each call of these functions, by name."""
+    spent: dict[str, list[float]] = defaultdict(list)
     kept = {name: getattr(owner, attribute) for name, (owner, attribute) in places.items()}
 
     def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,7 +134,7 @@ def timed(places: dict[str, tuple[Any, str]]) -> Any:
             try:
                 return function(*args, **kwargs)
             finally:
-                spent[name] += time.perf_counter() - start
+                spent[name].append(time.perf_counter() - start)
 
         return wrapped
 
@@ -115,16 +147,21 @@ def timed(places: dict[str, tuple[Any, str]]) -> Any:
             setattr(owner, attribute, kept[name])
 
 
+SELF_TEST = "self-test; looks"
 GUARDS = {
-    "self-test, all looks": (DryRun, "selftest"),
+    SELF_TEST: (DryRun, "selftest"),
     "opening the fit: σ, digest of the data, ledger": (PrivateTraining, "open"),
+    "secret numbers": (UserRandomness, "renew"),
+    "hooks: was a batch changed, is something kept?": (GuardedHooks, "check"),
+    "what the step keeps": (StateWatch, "note"),
     "ledger": (Ledger, "charge"),
     "ε after each step": (FitBudget, "epsilon_now"),
 }
+AT_THE_START = "opening the fit: σ, digest of the data, ledger"
 
 
-def fit(data: TensorDataset, options: argparse.Namespace, guarded: bool) -> dict[str, Any]:
-    """Seconds of a whole fit, of its epochs, and of each guard."""
+def fit(case: Case, data: TensorDataset, device: str, guarded: bool) -> dict[str, Any]:
+    """Seconds of a fit's steps, and of each guard: before the first step, and for a step."""
     settings: dict[str, Any] = {"delta": DELTA, "max_grad_norm": 1.0}
     if guarded:
         settings |= {"target_epsilon": TARGET}
@@ -133,68 +170,80 @@ def fit(data: TensorDataset, options: argparse.Namespace, guarded: bool) -> dict
     timer = EpochTimer()
     with tempfile.TemporaryDirectory() as folder, timed(GUARDS) as spent:
         trainer = pl.Trainer(
-            accelerator="gpu" if options.device == "cuda" else "cpu", devices=1, logger=False,
-            max_epochs=options.epochs, callbacks=[defend.DifferentialPrivacy(**settings), timer],
+            accelerator="gpu" if device == "cuda" else "cpu", devices=1, logger=False,
+            max_steps=case.steps, callbacks=[defend.DifferentialPrivacy(**settings), timer],
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             default_root_dir=folder,
         )  # fmt: skip
         kept = FitBudget.epsilon_now
         if not guarded:
             FitBudget.epsilon_now = lambda _: 0.0  # type: ignore[method-assign]
-        start = time.perf_counter()
-        trainer.fit(Module(), DataLoader(data, BATCH, shuffle=True))
-        seconds = time.perf_counter() - start
+        trainer.fit(Module(case.net()), DataLoader(data, case.batch, shuffle=True))
         FitBudget.epsilon_now = kept  # type: ignore[method-assign]
-    return {"fit": seconds, "epochs": timer.seconds, "guards": dict(spent)}
+    start = sum(spent[AT_THE_START]) + sum(spent[SELF_TEST][:1])
+    of_a_step = {
+        name: 1000 * sum(spent[name][name == SELF_TEST :]) / case.steps
+        for name in GUARDS
+        if name != AT_THE_START
+    }
+    return {"epochs": timer.seconds, "start": start, "step_ms": of_a_step}
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one case."""
+    case = CASES[name]
+    if options.quick:
+        case = replace(case, steps=12)
+    data, rounds = case.data(), []
+    fit(case, data, options.device, guarded=True)  # warms up
+    for repeat in range(options.repeats):
+        order = (True, False) if repeat % 2 else (False, True)
+        rounds.append({guarded: fit(case, data, options.device, guarded) for guarded in order})
+        both = {k: v["epochs"] for k, v in rounds[-1].items()}
+        print(f"{name}, round {repeat}: {both[True] / both[False] - 1:+.2%}", flush=True)
+
+    def median(of: Callable[[dict[bool, dict[str, Any]]], float]) -> float:
+        return statistics.median(map(of, rounds))
+
+    guards = {n: median(lambda r, n=n: r[True]["step_ms"][n]) for n in rounds[0][True]["step_ms"]}
+    plain = 1000 * median(lambda r: r[False]["epochs"]) / case.steps
+    found = {
+        "start_s": median(lambda r: r[True]["start"]),
+        "unguarded_step_ms": plain,
+        "guards_ms_a_step": guards,
+        "step_ms": sum(guards.values()),
+        "step_share": sum(guards.values()) / plain,
+        "ratio_of_epochs": median(lambda r: r[True]["epochs"] / r[False]["epochs"]),
+    }
+    print(
+        f"{name}: {found['start_s']:.2f} s before the first step; an unguarded one {plain:.1f} ms"
+    )
+    for guard, value in guards.items():
+        print(f"  {guard:48} {value:7.3f} ms a step")
+    print(f"  {'together':48} {found['step_ms']:7.3f} ms, {found['step_share']:.2%} of a step")
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
     options = parser.parse_args()
     if options.quick:
-        options.repeats, options.epochs = 1, 1
+        options.repeats = 1
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    data = digits()
-
-    fit(data, argparse.Namespace(**{**vars(options), "epochs": 1}), guarded=True)  # warms up
-    ratios, shares, guards = [], [], defaultdict(list)
-    for repeat in range(options.repeats):
-        order = (True, False) if repeat % 2 else (False, True)
-        runs = {guarded: fit(data, options, guarded) for guarded in order}
-        ratios.append(runs[True]["fit"] / runs[False]["fit"] - 1)
-        shares.append(sum(runs[True]["guards"].values()) / runs[True]["epochs"])
-        for name, seconds in runs[True]["guards"].items():
-            guards[name].append(seconds)
-        epoch = runs[False]["epochs"] / options.epochs
-        print(f"round {repeat}: {ratios[-1]:+.2%}, share {shares[-1]:.2%}", flush=True)
-
-    milliseconds = {name: 1000 * statistics.median(guards[name]) for name in GUARDS}
-    print(f"{'guard':40} {'ms a fit':>9}")
-    for name, value in milliseconds.items():
-        print(f"{name:40} {value:9.1f}")
-    print(f"an epoch without guards: {1000 * epoch:.0f} ms; {options.epochs} epochs a fit")
-    print(f"guards timed by themselves: {statistics.median(shares):.2%} of the epochs")
-    print(f"guarded against unguarded fits: {statistics.median(ratios):+.2%}")
     result = {
         "benchmark": "privacy_overhead",
         "device": torch.cuda.get_device_name() if options.device == "cuda" else _processor(),
         "data": DATA,
         "threads": options.threads,
         "repeats": options.repeats,
-        "epochs": options.epochs,
         "versions": {name: version(name) for name in ("torch", "lightning", "opacus")},
-        "epoch_s": epoch,
-        "guards_ms_a_fit": milliseconds,
-        "share": statistics.median(shares),
-        "ratio_of_fits": statistics.median(ratios),
-        "ratios": ratios,
+        **{name: measure(name, options) for name in CASES},
     }
     print(json.dumps(result))
 
