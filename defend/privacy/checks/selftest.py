@@ -104,9 +104,8 @@ def selftest(
         rows: rows of an ordinary batch, views included; the records are repeated up to it in one
             more comparison with a record alone, since a step may do with many rows what it cannot
             do with six.
-        turn: 0 for the whole test; 1, 2, … for another look later on: the first part, under other
-            random numbers each time, and with an attack the third, since an attack goes other ways
-            once the model has learned something.
+        turn: 0 for the whole test; 1, 2, … for another look later on: a record alone and together,
+            under other random numbers each time, one replaced, and one change to a record.
         source: where the records are from; None where nothing else is known of it.
 
     Returns:

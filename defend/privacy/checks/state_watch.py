@@ -26,7 +26,8 @@ class StateWatch:
     Buffers and frozen weights, which are published, are looked at before and after each step. What
     else the user's code keeps (tensors, arrays and fractions, as attributes and in built-in
     containers) takes longer to find, and is looked at where it is asked for. Whole numbers, and
-    what is added to containers, are no finding: counters, and lists of losses.
+    what is added to containers, are no finding: counters, and lists of losses. Lists of tensors
+    that grow are one.
 
     Args:
         module: whose parameters that require a gradient train.

@@ -111,12 +111,7 @@ class StepOnCopy:
             batch: of the step before, as that got it.
             load: gives the records of the next one.
         """
-        for p in self.parameters.values():
-            p.grad = torch.zeros_like(p)  # a release would be here, not the records' own
-        self.step.finish(self.module, batch)
-        for p in self.parameters.values():
-            p.grad = None
-        return self._attacked(self._prepared(load()))
+        return self._attacked(self._next_batch(batch, load))
 
     def _attacked(self, batch: Any) -> Any:
         if self.step.attack is None:
@@ -163,8 +158,7 @@ class StepOnCopy:
                 if batch is None:
                     batch = self.batch_of(records)
                 else:
-                    self.step.finish(self.module, batch)
-                    batch = self._prepared(records)
+                    batch = self._next_batch(batch, lambda: records)
             with self.seeded(seed):
                 found.append(mixture(self.gradients(batch, len(records))))
         return found
@@ -187,6 +181,15 @@ class StepOnCopy:
             torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
             for p in self.parameters.values()
         ]
+
+    def _next_batch(self, batch: Any, load: Callable[[], list[Any]]) -> Any:
+        """After the hooks that follow the step on a batch: the next one."""
+        for p in self.parameters.values():
+            p.grad = torch.zeros_like(p)  # a release would be here, not the records' own
+        self.step.finish(self.module, batch)
+        for p in self.parameters.values():
+            p.grad = None
+        return self._prepared(load())
 
     def _prepared(self, records: list[Any]) -> Any:
         return self.step.prepare(self.module, self.step.collate(list(records)))
