@@ -49,6 +49,15 @@ def leaves(batch: Any) -> Iterator[Any]:
 
 
 @torch.no_grad()
+def sum_of_bits(tensor: Tensor) -> Tensor:
+    """The sum of the bits of a tensor's real values: any single one that changes, changes it."""
+    return tensor.view(_KINDS[tensor.element_size()]).sum()
+
+
+_KINDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
 def _of_tensor(tensor: Tensor) -> tuple[Any, ...]:
     form = tensor.shape, tensor.dtype
     if tensor.layout is not torch.strided or tensor.is_quantized:

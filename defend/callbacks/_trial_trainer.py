@@ -1,6 +1,7 @@
 """A trainer for trials on a copy of its module: what is written to it stays there."""
 
 import copy
+import functools
 import tempfile
 from collections import defaultdict
 from typing import Any
@@ -98,7 +99,7 @@ def trial_trainer(
         whole: whether optimizers and schedulers are to be copies, too, since hooks run.
     """
     found: Any = copy.copy(trainer)
-    found.__class__ = type("TrialTrainer", (TrialTrainer, type(trainer)), {})
+    found.__class__ = _class_of(found.__class__)
     found.clock = clock
     found.loggers = [_Logger() for _ in trainer.loggers]
     found._accelerator_connector = copy.copy(trainer._accelerator_connector)
@@ -115,6 +116,11 @@ def trial_trainer(
         strategy.optimizers = [_optimizer_on(o, memo) for o in trainer.optimizers]
         strategy.lr_scheduler_configs = copy.deepcopy(trainer.lr_scheduler_configs, memo)
     return found
+
+
+@functools.cache
+def _class_of(kind: Any) -> type[Any]:
+    return type("TrialTrainer", (TrialTrainer, kind), {})
 
 
 def _strategy_on(strategy: Any, module: nn.Module) -> Any:

@@ -1,5 +1,6 @@
 """Random numbers held constant, so that a record's gradient can be compared across batches."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,10 @@ class ConstantRandomness(TorchDispatchMode):
         super().__init__()
         self.part, self.drew = part, False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing compiled gets here, and the detour costs more than most operations
+
     def __torch_dispatch__(
         self,
         func: Any,
@@ -49,19 +54,18 @@ class ConstantRandomness(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        schema = func._schema
-        name = schema.name.removeprefix("aten::")
-        self.drew |= "generator" in (names := [a.name for a in schema.arguments])
+        name, names, draws = _signature(func)
+        self.drew |= draws
         if name == "native_dropout":
             self.drew, x = True, args[0]
             return x.clone(), torch.ones_like(x, dtype=torch.bool)
-        args = list(args)
-        for i, argument in enumerate(names):  # dropout inside a fused kernel
-            if argument in ("dropout_p", "dropout"):
-                if i < len(args):
+        if not _DROPOUT.isdisjoint(names):  # inside a fused kernel
+            args = list(args)
+            for i, argument in enumerate(names):
+                if argument in _DROPOUT and i < len(args):
                     self.drew |= bool(args[i])
                     args[i] = 0.0
-                elif argument in kwargs:
+                elif argument in _DROPOUT and argument in kwargs:
                     self.drew |= bool(kwargs[argument])
                     kwargs[argument] = 0.0
         result = func(*args, **kwargs)
@@ -71,6 +75,17 @@ class ConstantRandomness(TorchDispatchMode):
             settings = dict(zip(names, args, strict=False))
             result.fill_(constant({**settings, **kwargs}, self.part))
         return result
+
+
+_DROPOUT = frozenset({"dropout_p", "dropout"})
+
+
+@functools.lru_cache(4096)
+def _signature(operation: Any) -> tuple[str, tuple[str, ...], bool]:
+    """An operation's name, its arguments, and whether it takes a generator."""
+    schema = operation._schema
+    names = tuple(a.name for a in schema.arguments)
+    return schema.name.removeprefix("aten::"), names, "generator" in names
 
 
 def _uniform(settings: Mapping[str, Any], part: float) -> float:

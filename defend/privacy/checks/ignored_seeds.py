@@ -75,6 +75,10 @@ class _GlobalGenerator(TorchDispatchMode):
         # Not ids: torch hands out another object for the same generator.
         self._allowed = {getattr(g, "_cdata", None) for g in allowed}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing compiled gets here, and the detour costs more than most operations
+
     def __torch_dispatch__(
         self,
         func: Callable[..., Any],

@@ -69,7 +69,9 @@ def restore(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 def same(one: Tensor, other: Tensor) -> bool:
     """Equal in every value; NaN equals NaN."""
-    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+    if one.shape != other.shape:
+        return False
+    return torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def trace(

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from defend.batching.digest import sum_of_bits
 from defend.errors import PrivacyError
 
 
@@ -159,7 +160,4 @@ class StepGuard:
 
 
 def _fingerprint(parameters: Sequence[Tensor]) -> Tensor:
-    """The sum of the bits of each parameter: any single value that changes, changes it."""
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    with torch.no_grad():
-        return torch.stack([p.detach().view(kinds[p.element_size()]).sum() for p in parameters])
+    return torch.stack([sum_of_bits(p.detach()) for p in parameters])
