@@ -59,13 +59,14 @@ class GuardedHooks:
             self._check_state(fit)
 
     def _check_state(self, fit: PrivateFit) -> None:
-        names = fit.watch.take()
-        new = set(names) - self._hooks.after
+        inside = self._hooks.run_inside()
+        names = set(fit.take_state(inside=inside)) - self._hooks.after
+        new = names | (fit.watch.inside - self._hooks.after if inside else set())
         if not new:
             return
         self._hooks.after |= new
         fit.look(whole=True)
-        published = new & fit.watch.published
+        published = names & fit.watch.published
         hidden = published - self._hooks.kept or (published if self._hooks.untried else set())
         if hidden:
             fit.doubt()

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -18,6 +18,7 @@ from defend.privacy.checks.state_watch import StateWatch, change_published
 from defend.privacy.mechanism.generators import generators_in
 
 BEFORE = ("on_train_batch_start",)
+INSIDE = ("on_before_backward", "on_after_backward")
 _LIBRARIES = (
     "lightning", "pytorch_lightning", "defend", "mlflow", "optuna", "ray", "torch", "wandb",
 )  # fmt: skip
@@ -83,8 +84,15 @@ class UsersHooks:
 
     def see_batches(self) -> bool:
         """Whether any hook sees a batch before the step."""
+        return self._any(BEFORE)
+
+    def run_inside(self) -> bool:
+        """Whether any hook runs around the backward, within the step."""
+        return self._any(INSIDE)
+
+    def _any(self, hooks: tuple[str, ...]) -> bool:
         owners = [*users_callbacks(self._trainer), self._trainer.lightning_module]
-        return any(_overrides(owner, hook) for owner in owners for hook in BEFORE)
+        return any(_overrides(owner, hook) for owner in owners for hook in hooks)
 
     def restart(self, module: nn.Module) -> None:
         """What was tried on a copy of the module is over; the next trial begins anew."""
@@ -105,7 +113,7 @@ class UsersHooks:
 
     def run_before(self, module: nn.Module, batch: Any) -> None:
         """What runs before the step; it may write to the batch."""
-        if self.before or self.after:
+        if (self.before or self.after) and self.see_batches():
             trial, held = self.trial(module), digest(batch)
             with self._noting(module):
                 self._run(trial, {"on_train_batch_start": (batch, trial.clock.batch_idx)})
@@ -130,16 +138,34 @@ class UsersHooks:
             "on_before_backward": (outputs["loss"],),
             "on_after_backward": (),
             "on_before_optimizer_step": (optimizer,),
+            "configure_gradient_clipping": (optimizer, None, None),
         }
         with self._noting(module):
             self._run(trial, hooks)
-            trial.clock.end_step()
+            self._update(trial, outputs["loss"])
             end = {"on_train_batch_end": (outputs, batch, trial.clock.batch_idx)}
             self._run(trial, {**end, "on_train_epoch_end": ()})
             if self.ended:
                 self._run(trial, {"on_train_end": ()})
             trial.clock.end_batch()
             self._run(trial, {"on_train_epoch_start": ()})
+
+    def _update(self, trial: "_Trial", loss: Any) -> None:
+        """The optimizer's step, which moves nothing; in the user's own `optimizer_step`."""
+        clock, strategy = trial.clock, trial.trainer.strategy
+
+        def step(closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+            loss = None if closure is None else closure()
+            clock.end_step()
+            return loss
+
+        if not _overrides(trial.module, "optimizer_step"):
+            clock.end_step()
+            return
+        optimizer = strategy._lightning_optimizers[0]
+        given = clock.epoch, clock.batch_idx, optimizer, lambda: loss
+        with mock.patch.object(optimizer, "step", step):
+            self._run(trial, {"optimizer_step": given})
 
     @contextlib.contextmanager
     def _noting(self, module: nn.Module) -> Iterator[None]:

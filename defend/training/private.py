@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from defend.errors import DefendError, PrivacyError
 from defend.privacy.accounting.budget import Budget
 from defend.privacy.checks.dry_run import DryRun
 from defend.privacy.checks.selftest import RECORDS, SelfTest
+from defend.privacy.checks.state_watch import Key
 from defend.privacy.checks.step_under_test import StepUnderTest
 from defend.privacy.mechanism.clipping import checked_noise
 from defend.privacy.mechanism.schedules import factor
@@ -241,6 +242,7 @@ class PrivateFit:
         self._training, self._dry_run, self._stack = training, dry_run, stack
         self.watch = dry_run.watch()
         self._tried: set[str] = set()  # what the step writes to, and was tried out doing so
+        self._unread: set[Key] = set()  # what was written to between steps, and is not used
         self._looks = Looks(data.coin, alone=data.processes.world_size == 1)
         data.sampler.next_step = account.budget.next_step
 
@@ -278,15 +280,39 @@ class PrivateFit:
         """The step is over: remember what is kept, all of it at the ends of epochs."""
         if not self._training.settings.selftest:
             return
-        sampler, steps = self.data.sampler, self._looks.steps
-        new = set(self.watch.note(deep=steps == 1 or steps % sampler.steps == 0)) - self._tried
+        deep = self._is_deep(self._looks.steps)
+        new = set(self.watch.note(deep=deep)) - self._tried
         if new:  # it writes to a buffer: counts, or what?
             self._tried |= new
             self.look(whole=True)
+            self.watch.note(deep=deep)  # a look loads records, and a data set may remember that
+
+    def _is_deep(self, steps: int) -> bool:
+        """Whether all that is kept is looked at around a step: the first, the last of an epoch."""
+        return steps == 1 or steps % self.data.sampler.steps == 0
+
+    def take_state(self, *, inside: bool) -> list[str]:
+        """A step begins: names of what changed since the last one.
+
+        Args:
+            inside: whether what changes within the step is to be noted, too.
+        """
+        return self.watch.take(inside=inside and self._is_deep(self._looks.steps + 1))
 
     def doubt(self) -> None:
         """Something was found that no look shows: mark the account since the last one."""
         self.account.doubt(self._looks.good)
+
+    def first_read(self) -> str | None:
+        """The name of the first value that changed between two steps and that the step reads.
+
+        Each is tried once from look to look.
+        """
+        new = {key: kept for key, kept in self.watch.written.items() if key not in self._unread}
+        with self.step.paused():
+            found = self._dry_run.first_read(new) if new else None
+        self._unread |= set(new)
+        return found
 
     def look(self, *, whole: bool = False) -> None:
         """The self-test on a copy of the module as it is now, in short or `whole`.
@@ -294,8 +320,9 @@ class PrivateFit:
         Raises:
             PrivacyError: for what it finds; the account is no longer `private` then.
         """
+        self._unread.clear()
         with self._looks.timed():
-            with self.step.paused():
+            with self.step.paused(), self._as_in_workers():
                 found = self._dry_run.selftest(whole=whole)
             if whole:
                 self._training.selftest = found
@@ -308,6 +335,13 @@ class PrivateFit:
                 f"{self._looks.good} of this fit. What its steps spent since then is not known: "
                 "the account is marked as not private."
             )
+
+    def _as_in_workers(self) -> AbstractContextManager[None]:
+        """Inside, the collate function is where its copies in workers are, which stay for a fit."""
+        loader = self.data.original
+        if not loader.num_workers or not loader.persistent_workers:
+            return nullcontext()
+        return self._dry_run.caught_up(self._looks.steps // loader.num_workers)
 
     def fold(self) -> None:
         """After a chunk's backward: clip, sum, and forget its raw gradients. Safe to call twice."""

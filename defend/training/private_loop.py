@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
         taken: int,
         planned: int,
     ) -> None:
-        self.loader = RecordedLoader(fit.data.loader)
+        self.loader = RecordedLoader(fit.data.loader, self._loading)
         self.steps_per_epoch = fit.data.sampler.steps
         self._training, self._budget = training, fit.account.budget
         self._taken, self._planned = taken, planned
@@ -91,15 +91,24 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
         self._taken += 1
         return loss
 
+    def _loading(self) -> AbstractContextManager[None]:
+        """Inside, a data set may fill a cache: what it keeps is tried out with the batches."""
+        return nullcontext() if self._open is None else self._open[-1].watch.paused()
+
     def _refuse_kept_state(self, fit: PrivateFit) -> None:
-        names = fit.watch.take() if self._training.settings.selftest else []
-        names = [name for name in names if name in fit.watch.published]
-        if names:
+        if not self._training.settings.selftest:
+            return
+        published = fit.watch.published
+        names = [name for name in fit.watch.take() if name in published]
+        used = None if names else fit.first_read()
+        if names or used:
             fit.doubt()
+            what = "is published" if names else "goes into gradients"
             raise PrivacyError(
-                f"Expected nothing to be kept from one step to the next, got `{names[0]}`, which "
-                "changed between two steps. Nobody can try out what is done there; what depends on "
-                "the records is published without noise. Do it in `loss`, where it is tried out."
+                f"Expected nothing to be kept from one step to the next, got `{used or names[0]}`, "
+                f"which changed between two steps, and {what}. Nobody can try out what is done "
+                "there; what depends on the records gets no noise. Do it in `loss`, where it is "
+                "tried out; keep averages of the weights in a copy of the model, beside it."
             )
 
     def _up_to_date(self) -> PrivateTraining:

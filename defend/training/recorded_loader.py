@@ -1,13 +1,17 @@
 """The loader of a private loop of one's own: what is stepped on must be what it gave."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from defend.batching.digest import digest, same
 from defend.errors import PrivacyError
+
+_END = object()
+_OWN = ("_loader", "_given", "_loading")
 
 
 class RecordedLoader:
@@ -18,10 +22,13 @@ class RecordedLoader:
 
     Args:
         loader: the private one.
+        loading: gives what is entered while a batch is loaded.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
-        self._loader = loader
+    def __init__(
+        self, loader: DataLoader, loading: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._loader, self._loading = loader, loading
         self._given: deque[list[Any]] = deque()
 
     def __len__(self) -> int:
@@ -29,12 +36,17 @@ class RecordedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         self._given.clear()
-        for batch in self._loader:
+        batches = iter(self._loader)
+        while (batch := self._next(batches)) is not _END:
             self._given.append(digest(batch))
             yield batch
 
+    def _next(self, batches: Iterator[Any]) -> Any:
+        with self._loading():
+            return next(batches, _END)
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_loader", "_given"):  # of a copy in the making
+        if name.startswith("__") or name in _OWN:  # of a copy in the making
             raise AttributeError(name)
         return getattr(self._loader, name)
 

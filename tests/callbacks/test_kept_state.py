@@ -1,5 +1,7 @@
 """Hooks after a step that keep something: of records it is refused, of weights it trains."""
 
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from defend import DifferentialPrivacy, PrivacyError
-from defend.training.config import Privacy
+from defend.training.config import Adversarial, Privacy
 from defend.training.private_loop import make_private
 from tests.helpers import data, trainer
 
@@ -143,12 +145,44 @@ def before_the_gradient_goes(change):
     return Hooked(), []
 
 
+def in_the_update(change):
+    class Hooked(Net):
+        def training_step(self, batch, batch_idx):
+            self.seen = batch
+            return super().training_step(batch, batch_idx)
+
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            with torch.no_grad():
+                change(self, self.seen)
+
+        def lr_scheduler_step(self, scheduler, metric):
+            scheduler.step()
+
+    return Hooked(), []
+
+
+def around_the_backward(change):
+    class Hooked(Net):
+        def training_step(self, batch, batch_idx):
+            self.seen = batch
+            return super().training_step(batch, batch_idx)
+
+        @torch.no_grad()
+        def on_after_backward(self):
+            change(self, self.seen)
+
+    return Hooked(), []
+
+
 PLACES = {
     "after a batch": lambda change: (Net(), [After(change)]),
     "after an epoch": lambda change: (Net(), [AtTheEnd(change)]),
     "after the training": lambda change: (Net(), [AfterAll(change)]),
     "module": on_module,
     "module, before the gradient goes": before_the_gradient_goes,
+    "module, in the update": in_the_update,
+    "module, around the backward": around_the_backward,
 }
 
 
@@ -167,7 +201,7 @@ def pairs(changes):
     return [
         (places[(number + shift) % len(places)], change)
         for number, change in enumerate(changes)
-        for shift in range(3)
+        for shift in range(4)
     ]
 
 
@@ -289,17 +323,21 @@ def test_a_weight_of_each_record_alone_trains(kind):
 # --- a loop of one's own
 
 
-def loop(between, loss=None):
+def loop(between, loss=None, dataset=None, adversarial=None):
     model = Net()
     optimizer = torch.optim.SGD(model.net.parameters(), lr=0.1)
     privacy = Privacy(noise_multiplier=1.0, delta=1e-3, max_grad_norm=1.0, ledger=False)
     plain = loss or (lambda m, b: F.cross_entropy(m.net(b[0]), b[1]))
-    loader = DataLoader(data(ROWS), batch_size=12)
-    with make_private(model, optimizer, loader, loss=plain, epochs=2, privacy=privacy) as private:
-        for batch in private.loader:
-            private.step(batch)
-            with torch.no_grad():
-                between(model, batch)
+    loader = DataLoader(dataset or data(ROWS), batch_size=12)
+    run = make_private(
+        model, optimizer, loader, loss=plain, epochs=2, privacy=privacy, adversarial=adversarial
+    )
+    with run as private:
+        for _ in range(2):
+            for batch in private.loader:
+                private.step(batch)
+                with torch.no_grad():
+                    between(model, batch)
         return private.steps
 
 
@@ -307,7 +345,7 @@ def loop(between, loss=None):
 def test_in_a_loop_of_ones_own_nothing_is_kept_between_steps(change):
     with pytest.raises(PrivacyError, match="changed between two steps"):
         loop(change)
-    assert loop(figures) == 2
+    assert loop(figures) == 4
 
 
 def test_the_cure_is_to_do_it_in_the_loss():
@@ -315,4 +353,117 @@ def test_the_cure_is_to_do_it_in_the_loss():
         average_of_weights(model, batch)
         return F.cross_entropy(model.net(batch[0]), batch[1])
 
-    assert loop(figures, averaging) == 2
+    assert loop(figures, averaging) == 4
+
+
+class State:
+    """Where programs keep things that belong to no object."""
+
+    mean = None
+
+
+MEAN = None
+
+
+def kept_in(name):
+    """A loop that keeps a mean of the batch where it is named, and its loss uses it."""
+    dataset, local, both = Weighted(KINDS["tensor"]), None, SimpleNamespace(a=None, b=None)
+    attack = SimpleNamespace(shift=torch.zeros(8))
+
+    def loss(module, batch):
+        x, y, weight, _ = batch
+        places = {
+            "attribute": getattr(module, "proto", None),
+            "part": module.net.__dict__.get("proto"),
+            "closure": local,
+            "global": MEAN,
+            "list": module.losses[0] if module.losses else None,
+            "new dict": getattr(module, "stats", {}).get("mean"),
+            "class": State.mean,
+            "function": getattr(loss, "mean", None),
+            "one of two": both.a,
+        }
+        mean = places.get(name)
+        out = module.net(x if mean is None else x - mean)
+        return (F.cross_entropy(out, y, reduction="none") * weight).mean()
+
+    def between(module, batch):
+        nonlocal local
+        global MEAN
+        mean = batch[0].mean(0)
+        if name == "attribute":
+            module.proto = mean
+        elif name == "part":
+            module.net.__dict__["proto"] = mean
+        elif name == "closure":
+            local = mean
+        elif name == "global":
+            MEAN = mean
+        elif name == "list":
+            module.losses.append(mean)
+        elif name == "weights":
+            dataset.weights.mul_(0.5 + mean.norm())
+        elif name == "new dict":
+            module.stats = {"mean": mean}
+        elif name == "class":
+            State.mean = mean
+        elif name == "function":
+            loss.mean = mean
+        elif name == "one of two":
+            both.a, both.b = mean, mean.clone()
+        elif name == "attack":
+            attack.shift = mean
+
+    def shifted(model, x, y, **_):
+        return x + attack.shift
+
+    return dataset, loss, between, Adversarial(shifted) if name == "attack" else None
+
+
+KEPT_IN = (
+    "attribute", "part", "closure", "global", "list", "weights", "new dict", "class", "function",
+    "one of two", "attack",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT_IN)
+def test_in_a_loop_of_ones_own_the_loss_uses_nothing_that_was_kept(name, monkeypatch):
+    monkeypatch.setitem(globals(), "MEAN", None)
+    monkeypatch.setattr(State, "mean", None)
+    dataset, loss, between, adversarial = kept_in(name)
+    with pytest.raises(PrivacyError, match="changed between two steps, and goes into gradients"):
+        loop(between, loss, dataset, adversarial)
+
+
+class Cached(Weighted):
+    """Each item is a function of its own record, computed once."""
+
+    def __init__(self):
+        super().__init__(KINDS["tensor"])
+        self.cache, self.done = torch.zeros(ROWS, 8), torch.zeros(ROWS, dtype=torch.bool)
+
+    def __getitem__(self, i):
+        x, *rest = super().__getitem__(i)
+        if not self.done[i]:
+            self.cache[i], self.done[i] = x.tanh(), True
+        return self.cache[i].clone(), *rest
+
+
+def test_a_data_set_may_keep_what_it_computed():
+    _, loss, _, _ = kept_in("nothing")
+    assert loop(lambda *_: None, loss, Cached()) == 4
+
+
+def test_in_a_loop_of_ones_own_what_is_kept_may_be_looked_at():
+    def between(module, batch):
+        module.proto = batch[0].mean(0)
+        module.losses.append(batch[0].mean(0))
+        module.temperature = 0.9 * getattr(module, "temperature", 1.0)
+        module.tied = module.net.weight.detach()
+
+    def loss(module, batch):
+        out = module.net(batch[0]) / getattr(module, "temperature", 1.0)
+        out = out + (batch[0] @ getattr(module, "tied", module.net.weight.detach()).T)
+        return F.cross_entropy(out, batch[1])
+
+    assert loop(between, loss) == 4

@@ -2,25 +2,30 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from defend.batching import memory
 from defend.privacy.checks.constant_randomness import seeded
 from defend.privacy.checks.dry_run_records import Survey, positions_to_try, survey
+from defend.privacy.checks.kept_reads import first_read
+from defend.privacy.checks.kept_state import remember
 from defend.privacy.checks.module_copy import copy_of_module, tensors_of
 from defend.privacy.checks.selftest import RECORDS, SelfTest, Source, selftest
-from defend.privacy.checks.state_watch import StateWatch
+from defend.privacy.checks.state_watch import Key, Numbers, StateWatch
+from defend.privacy.checks.step_on_copy import StepOnCopy
 from defend.privacy.checks.step_under_test import StepUnderTest
 from defend.privacy.gradients.per_record import PerRecordGradients
 from defend.privacy.mechanism.gaussian import clip_factors
-from defend.privacy.mechanism.generators import Generator, generators_in
+from defend.privacy.mechanism.generators import Generator, generators_in, objects_in
 from defend.privacy.mechanism.user_randomness import UserRandomness
+
+_MOST_TO_CATCH_UP = 1_000
 
 
 class DryRun:
@@ -76,6 +81,26 @@ class DryRun:
             source=Source(self._survey.values, lambda: self._load(turn, generators)),
         )
 
+    @contextmanager
+    def caught_up(self, batches: int) -> Iterator[None]:
+        """Inside, the collate function was called as often as its copy in a worker.
+
+        This process does not see what that counts. Afterwards all is as it was.
+
+        Args:
+            batches: that a worker has put together so far; more than 1,000 count as these.
+        """
+        records, generators = self._load(0, self._generators()), self._generators()
+        undo = remember(objects_in(self.step.user_code, self.step.share, users_only=True))
+        try:
+            # What fails will do so in the worker, too.
+            with seeded(0, (), generators), suppress(Exception):
+                for _ in range(min(batches, _MOST_TO_CATCH_UP)):
+                    self.step.collate(records)
+            yield
+        finally:
+            undo()
+
     def peak_bytes(self, rows: int) -> int:
         """Most bytes that a private step on `rows` rows allocates; on a GPU only."""
         count = -(-rows // self.step.views)
@@ -96,6 +121,14 @@ class DryRun:
     def watch(self) -> StateWatch:
         """What notices that something is kept from one step to the next, outside of the step."""
         return StateWatch(self.module, self.step.user_code, self.step.share)
+
+    def first_read(self, kept: Mapping[Key, list[Numbers]]) -> str | None:
+        """The name of the first value that gradients depend on, or None.
+
+        Args:
+            kept: tensors and arrays of the user's, under what holds them.
+        """
+        return first_read(self._gradients, kept, half=self.step.half)
 
     def views_are_alike(self) -> bool:
         """Whether the views of a record are the same rows: K times the work for nothing."""
@@ -130,6 +163,24 @@ class DryRun:
             return self.step.prepare(copy, self.step.collate(records))
         finally:
             self.step.restart(copy)
+
+    def _gradients(self) -> dict[str, Tensor] | None:
+        """Of some records, attacked if training is, with everything as it is now.
+
+        None where the step fails.
+        """
+        copy = StepOnCopy(copy_of_module(self.module, self.step.share), self.step)
+        try:
+            records = self._load(0, self._generators())
+            with copy.seeded(0):
+                batch = copy.attacked(records)
+            with copy.seeded(0):
+                found = copy.gradients(batch, len(records))
+        except Exception:
+            return None
+        finally:
+            copy.remove()
+        return dict(zip(copy.parameters, found, strict=True))
 
     def _step_on(self, batch: Any, records: int) -> None:
         """Forward, backward and clip on a copy of the module; nothing is kept."""

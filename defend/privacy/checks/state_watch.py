@@ -1,5 +1,6 @@
 """What changes between two steps beside the weights that train: it would be kept without noise."""
 
+import contextlib
 import itertools
 import secrets
 import types
@@ -11,13 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from defend.batching.digest import sum_of_bits
 from defend.privacy.mechanism.generators import is_users, names_in, objects_in
 
 _MOST_NUMBERS = 2**18  # of a tensor that are looked at: a part of larger ones, each time another
 _MOST_ITEMS = 1_000
+_ATTRIBUTES = ""  # stands among the names of what has attributes
 
-Kept = dict[tuple[int, str], Any]
+Key = tuple[int, str]  # of an object, and a name on it
+Kept = dict[Key, Any]
+Numbers = Tensor | np.ndarray
 
 
 class StateWatch:
@@ -33,6 +39,11 @@ class StateWatch:
         module: whose parameters that require a gradient train.
         code: the user's objects beside it: data set, callbacks, loss.
         skip: objects that are not entered, such as a trainer.
+
+    Attributes:
+        written: tensors and arrays of the user's that changed before the last `take`, under what
+            holds them; of more than one number, and no views of weights that train.
+        inside: names of what changed within steps, where that was asked for.
     """
 
     def __init__(
@@ -43,6 +54,10 @@ class StateWatch:
         self._before_step: _Fingerprint | None = None
         self._kept: Kept | None = None
         self._changed: list[str] = []
+        self._kept_before: Kept | None = None
+        self.written: dict[Key, list[Numbers]] = {}
+        self._written: dict[Key, list[Numbers]] = {}
+        self.inside: set[str] = set()
         self._deep = self._paused = False
 
     def note(self, *, deep: bool = False) -> list[str]:
@@ -55,10 +70,14 @@ class StateWatch:
             Names of what the step itself changed, since `take`.
         """
         before, self._before_step = self._before_step, None
-        inside = [] if before is None else before.changed(self._module)
+        changed = [] if before is None else before.changed(self._module)
         self._deep, self._published = deep, _Fingerprint(self._module)
-        self._kept = self._all_kept() if deep else None
-        return inside
+        self._kept = {key: number for key, number, _ in self._all_kept()} if deep else None
+        if self._kept_before is not None:
+            found = _differing(self._kept_before, self._all_kept())
+            self.inside |= {*changed, *(key[1] for key, _ in found)}
+            self._kept_before = None
+        return changed
 
     def pause(self) -> None:
         """What changes from here to `go_on` is no concern."""
@@ -66,7 +85,11 @@ class StateWatch:
         if self._published is not None:
             self._changed += self._published.changed(self._module)
         if self._kept is not None:
-            self._changed += _differing(self._kept, self._all_kept())
+            weights = {_place(p) for p in self._module.parameters() if p.requires_grad}
+            for key, value in _differing(self._kept, self._all_kept()):
+                self._changed.append(key[1])
+                numbers = [v for v in _numbers_of(value) if _place(v) not in weights]
+                self._written.setdefault(key, []).extend(numbers)
         self._published = self._kept = None
 
     def go_on(self) -> None:
@@ -74,11 +97,27 @@ class StateWatch:
         if self._paused:
             self.note(deep=self._deep)
 
-    def take(self) -> list[str]:
-        """A step begins: names of what changed between `note` and here, each once."""
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, what changes is no concern."""
+        self.pause()
+        try:
+            yield
+        finally:
+            self.go_on()
+
+    def take(self, *, inside: bool = False) -> list[str]:
+        """A step begins: names of what changed between `note` and here, each once.
+
+        Args:
+            inside: whether to note, too, all that changes within the step.
+        """
         self.pause()
         changed, self._changed = list(dict.fromkeys(self._changed)), []
+        self.written, self._written = self._written, {}
         self._before_step = _Fingerprint(self._module)
+        if inside:
+            self._kept_before = {key: number for key, number, _ in self._all_kept()}
         return changed
 
     @property
@@ -86,11 +125,11 @@ class StateWatch:
         """The names of buffers and frozen weights."""
         return set(_published(self._module))
 
-    def _all_kept(self) -> Kept:
+    def _all_kept(self) -> Iterator[tuple[Key, Any, Any]]:
         tables = [t for m in self._module.modules() for t in (m._parameters, m._buffers)]
         roots = (self._module, *self._code)
         objects = objects_in(roots, (*self._skip, *tables), users_only=True)
-        return {key: value for owner in objects for key, value in _kept_by(owner)}
+        return (kept for owner in objects for kept in _kept_by(owner))
 
 
 class _Fingerprint:
@@ -135,33 +174,73 @@ def change_published(module: nn.Module, names: Iterable[str]) -> set[str]:
     return set(found)
 
 
-def _kept_by(owner: Any) -> Iterator[tuple[tuple[int, str], Any]]:
-    """The numbers that an object of the user's holds directly, by the object and their name."""
+def _kept_by(owner: Any) -> Iterator[tuple[Key, Any, Any]]:
+    """What an object of the user's holds directly: its key, a number that tells it, and itself."""
     items: list[tuple[Any, Any]]
     if isinstance(owner, types.FunctionType):
-        space = owner.__globals__
-        items = [(name, space[name]) for name in names_in(owner.__code__) if name in space]
+        if not is_users(owner):
+            return
+        items = _of_function(owner)
     elif isinstance(owner, dict):
         items = list(owner.items())[:_MOST_ITEMS]
     elif isinstance(owner, list | deque):
         items = list(enumerate(itertools.islice(owner, _MOST_ITEMS)))
         if items and isinstance(items[-1][1], Tensor | np.ndarray):
-            yield (id(owner), "length"), len(owner)  # a queue of tensors, not a list of losses
-    elif is_users(type(owner)):
+            yield (id(owner), "length"), len(owner), owner  # a queue, no list of losses
+    elif is_users(owner if isinstance(owner, type) else type(owner)):
         items = list(getattr(owner, "__dict__", {}).items())
+    elif isinstance(owner, _OPEN):
+        items = [(name, value) for name, value in vars(owner).items() if name[0] != "_"]
     else:
         return
     prefix = "" if isinstance(owner, dict | list | deque) else f"{_name_of(owner)}."
-    attributes = not isinstance(owner, dict | list | deque | types.FunctionType)
+    attributes = not isinstance(owner, dict | list | deque)
+    if attributes:
+        yield (id(owner), _ATTRIBUTES), None, None
     for name, value in items:
         for place, part in enumerate(value if isinstance(value, tuple) else (value,)):
             number = _number_of(part)
             if attributes and isinstance(part, dict | list):  # another one may take its place
                 contents = [_number_of(v) for v in _some_of(part)]
                 key = f"{prefix}{name} of {len(part)}"
-                yield (id(owner), key), hash(tuple(map(_plain, contents)))
+                yield (id(owner), key), hash(tuple(map(_plain, contents))), part
             if number is not None or attributes:
-                yield (id(owner), f"{prefix}{name}{f'[{place}]' if place else ''}"), number
+                yield (id(owner), f"{prefix}{name}{f'[{place}]' if place else ''}"), number, part
+
+
+_OPEN = nn.Module, Dataset, types.SimpleNamespace  # users write to those of libraries, too
+
+
+def _of_function(function: types.FunctionType) -> list[tuple[str, Any]]:
+    """What it closes over, its defaults, its attributes, and the globals that its code names."""
+    space, defaults = function.__globals__, function.__defaults__ or ()
+    items = {name: space[name] for name in names_in(function.__code__) if name in space}
+    items |= vars(function) | (function.__kwdefaults__ or {}) | dict(_closed_over(function))
+    return [*items.items(), *((f"default {i}", value) for i, value in enumerate(defaults))]
+
+
+def _numbers_of(value: Any) -> list[Numbers]:
+    """The tensors and arrays of more than one number that a value is, or holds."""
+    parts = _some_of(value) if isinstance(value, dict | list | deque) else [value]
+    return [
+        part
+        for part in parts
+        if isinstance(part, Tensor | np.ndarray) and int(np.prod(part.shape)) > 1
+    ]
+
+
+def _place(value: Numbers) -> int:
+    """Where its memory is; itself where nobody knows."""
+    if isinstance(value, Tensor):
+        with contextlib.suppress(RuntimeError):  # of a sparse one
+            return value.untyped_storage().data_ptr()
+    return id(value)
+
+
+def _closed_over(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # an empty one
+            yield name, cell.cell_contents
 
 
 def _some_of(container: Any) -> list[Any]:
@@ -188,9 +267,15 @@ def _number_of(value: Any) -> Any:
     return None
 
 
-def _differing(before: Kept, now: Kept) -> list[str]:
-    """The names under which another number stands than before; new ones do not count."""
-    return [key[1] for key in before if key in now and _differ(before[key], now[key])]
+def _differing(before: Kept, now: Iterable[tuple[Key, Any, Any]]) -> Iterator[tuple[Key, Any]]:
+    """Keys under which another number stands than before, and what does.
+
+    Nothing that was added to a container; but attributes that are new.
+    """
+    for key, number, value in now:
+        attribute = (key[0], _ATTRIBUTES) in before and not isinstance(value, dict | list)
+        if (attribute or key in before) and _differ(before.get(key), number):
+            yield key, value
 
 
 def _differ(one: Any, other: Any) -> bool:
@@ -203,7 +288,7 @@ def _differ(one: Any, other: Any) -> bool:
 
 @torch.no_grad()
 def _bits(tensor: Tensor, part: float = 0.0) -> Tensor:
-    """The sum of the bits: any single value that changes, changes it.
+    """`sum_of_bits` of any tensor.
 
     Args:
         tensor: of any kind.
@@ -215,6 +300,4 @@ def _bits(tensor: Tensor, part: float = 0.0) -> Tensor:
     tensor = tensor.detach()
     flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
     start = int(part * max(len(flat) - _MOST_NUMBERS, 0))
-    flat = flat[start : start + _MOST_NUMBERS].contiguous()
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return flat.view(kinds[flat.element_size()]).sum()
+    return sum_of_bits(flat[start : start + _MOST_NUMBERS].contiguous())
