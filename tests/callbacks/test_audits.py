@@ -1,5 +1,8 @@
 """Audits: without its guard a break tells more of a record than ε says; with it, it does not."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -15,16 +18,16 @@ from defend.privacy import Segment, epsilon
 from defend.privacy.mechanism.user_randomness import UserRandomness
 from tests.helpers import trainer
 
-ROWS, WIDTH, STEPS, NOISE, DELTA = 24, 8, 150, 4.0, 1e-3
+WIDTH, STEPS, NOISE, DELTA = 8, 150, 4.0, 1e-3
 
 
 class Net(pl.LightningModule):
     """The weights stay, so that each step is one more draw of the same mechanism."""
 
-    def __init__(self):
+    def __init__(self, dropout):
         super().__init__()
         torch.manual_seed(0)
-        self.net, self.sums = nn.Linear(WIDTH, 3), []
+        self.net, self.sums = nn.Sequential(nn.Dropout(dropout), nn.Linear(WIDTH, 3)), []
 
     def training_step(self, batch, batch_idx):
         return F.cross_entropy(self.net(batch[0]), batch[1])
@@ -42,6 +45,13 @@ class Reader(pl.Callback):
 class Standardizes(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         batch[0].sub_(batch[0].mean(0)).div_(batch[0].std(0) + 1e-5)
+
+
+class Seeds(pl.Callback):
+    """Makes the masks of dropout known; without one record, all after it have other ones."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        torch.manual_seed(trainer.global_step)
 
 
 class Flips(Dataset):
@@ -66,22 +76,34 @@ def numbers_off(monkeypatch):
     monkeypatch.setattr(UserRandomness, "renew", lambda *_, **__: None)
 
 
-BREAKS = {  # callbacks, data set, what switches the guard off
-    "a hook": (lambda: [Standardizes()], TensorDataset, hooks_off),
-    "a generator": (list, Flips, numbers_off),
+@dataclass(frozen=True)
+class Case:
+    """A break, and what switches its guard off."""
+
+    off: Callable[[pytest.MonkeyPatch], None]
+    callbacks: tuple[type[pl.Callback], ...] = ()
+    dataset: type[Dataset] = TensorDataset
+    rows: int = 24
+    outlier: float = 1.0
+    dropout: float = 0.0
+
+
+BREAKS = {
+    "a hook": Case(hooks_off, (Standardizes,), outlier=1e3),
+    "a seed": Case(numbers_off, (Seeds,), rows=144, dropout=0.5),
+    "a generator": Case(numbers_off, dataset=Flips),
 }
 
 
 def sums(name, without, noise):
     """The released sums of a fit of many steps, with the first record or without it."""
-    callbacks, dataset, _ = BREAKS[name]
-    generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(ROWS, WIDTH, generator=generator), torch.arange(ROWS) % 3
-    x[0] *= 1e3 if name == "a hook" else 1
-    rows = dataset(x[without:].clone(), y[without:])
+    case, generator = BREAKS[name], torch.Generator().manual_seed(1)
+    x, y = torch.randn(case.rows, WIDTH, generator=generator), torch.arange(case.rows) % 3
+    x[0] *= case.outlier
+    rows = case.dataset(x[without:].clone(), y[without:])
     dp = DifferentialPrivacy(noise_multiplier=noise, delta=DELTA, max_grad_norm=1.0, ledger=False)
-    fit = trainer(callbacks=[*callbacks(), dp, Reader()], max_epochs=STEPS)
-    module = Net()
+    fit = trainer(callbacks=[*(kind() for kind in case.callbacks), dp, Reader()], max_epochs=STEPS)
+    module = Net(case.dropout)
     fit.fit(module, DataLoader(rows, batch_size=len(rows)))
     return torch.stack(module.sums), dp
 
@@ -106,7 +128,7 @@ def audited(name):
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_without_its_guard_a_break_tells_more_than_epsilon_says(name, monkeypatch):
-    BREAKS[name][-1](monkeypatch)
+    BREAKS[name].off(monkeypatch)
     found, reported = audited(name)
     assert found > reported, (found, reported)
 
