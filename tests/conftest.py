@@ -78,6 +78,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     class ByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid):
+            if _file(nodeid) == "tests/contracts/test_matrix.py":
+                return nodeid  # each long, and for itself
             return GROUPS.get(_file(nodeid), _file(nodeid))
 
     return ByGroup(config, log)

@@ -29,7 +29,7 @@ _MOVE_ROUNDING_ATTACKED = 5e-2  # a sign that flips by rounding moves a whole st
 
 # Of a step that may do other things in others: all periods up to half as long show.
 _STEPS_IN_A_ROW = 12
-_SECONDS = 0.3  # for those behind the second
+_SECONDS = 1.0  # for those behind the second; 12 take 0.3 on a slow machine
 
 
 @dataclass(frozen=True)

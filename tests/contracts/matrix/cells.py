@@ -1,5 +1,6 @@
 """The cells: place × what × trigger, as far as they make sense."""
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,12 +30,13 @@ PLACES: dict[str, tuple[str, ...]] = {
     "training_step": (*IN_THE_BATCH, "published", "known numbers"),
     "forward": (*IN_THE_BATCH, "published", "known numbers"),
     "loss": ("coupled", "carried", "outside", "known numbers"),
-    "batch end, module": AFTERWARDS,
-    "batch end, callback": AFTERWARDS,
-    "before zero_grad": AFTERWARDS,
-    "epoch end, module": AFTERWARDS,
-    "epoch end, callback": AFTERWARDS,
-    "epoch start": AFTERWARDS,
+    **dict.fromkeys(("before zero_grad, module", "before zero_grad, callback"), AFTERWARDS),
+    **dict.fromkeys(("after backward, module", "after backward, callback"), AFTERWARDS),
+    **dict.fromkeys(("before the update, module", "before the update, callback"), AFTERWARDS),
+    "optimizer_step": AFTERWARDS,
+    **dict.fromkeys(("batch end, module", "batch end, callback"), AFTERWARDS),
+    **dict.fromkeys(("epoch end, module", "epoch end, callback"), AFTERWARDS),
+    **dict.fromkeys(("epoch start, module", "epoch start, callback"), AFTERWARDS),
     "attack": ("coupled", "carried", "known numbers"),
     "own loop, loss": (*IN_THE_BATCH, "published", "outside", "known numbers"),
     "own loop, before the step": ("coupled", "twice", "known numbers"),
@@ -82,18 +84,18 @@ def all_cells() -> list[Cell]:
 
 
 def pairwise(cells: list[Cell]) -> list[Cell]:
-    """Few cells that hold every pair of place and what, place and trigger, what and trigger.
+    """Few cells that hold all `pairs`.
 
     Those that end early are preferred: what is refused takes one short fit, what is not three.
     """
-    open_pairs = {pair for cell in cells for pair in _pairs(cell)}
+    open_pairs = {pair for cell in cells for pair in pairs(cell)}
     order = np.random.default_rng(0).permutation(len(cells))  # no favourites among equals
     chosen = []
     while open_pairs:
         shuffled = (cells[i] for i in order)
-        best = max(shuffled, key=lambda cell: len(_pairs(cell) & open_pairs) / _fits(cell))
+        best = max(shuffled, key=lambda cell: len(pairs(cell) & open_pairs) / _fits(cell))
         chosen.append(best)
-        open_pairs -= _pairs(best)
+        open_pairs -= pairs(best)
     return chosen
 
 
@@ -105,10 +107,12 @@ def _fits(cell: Cell) -> int:
     return 3 if goes_on and cell.what != "published" else 1
 
 
-def _pairs(cell: Cell) -> set[tuple[str, ...]]:
+def pairs(cell: Cell) -> set[tuple[str, ...]]:
+    """What a cover holds: of a trigger the kind of place, be it the module's or a callback's."""
+    kind = re.sub(", (module|callback|worker)$", "", cell.place)
     return {
         ("place, what", cell.place, cell.what),
-        ("place, trigger", cell.place, cell.trigger),
+        ("kind of place, trigger", kind, cell.trigger),
         ("what, trigger", cell.what, cell.trigger),
     }
 

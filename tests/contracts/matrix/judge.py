@@ -18,10 +18,6 @@ def promised(cell: Cell) -> str | None:
         return "where one item sets a seed, each does"
     if cell.trigger == "once":
         return "a step that is bad once is met with the chance of the coin"
-    if cell.place == "collate, worker" and cell.trigger == "late":
-        return "what a worker counts for itself is not seen"
-    if cell.place == "own loop, after the step" and cell.what == "carried":
-        return "a loop of one's own keeps nothing in plain attributes that its loss uses"
     if cell.place in ("own loop, loss", "attack") and cell.trigger == "periodic":
         return "so is one that is bad now and then, by a count that is kept outside of the step"
     return None
@@ -29,7 +25,7 @@ def promised(cell: Cell) -> str | None:
 
 def verdict(cell: Cell) -> tuple[str, str]:
     """One of the four words, or "silent" or "error"; and how it was found."""
-    seen: list[torch.Tensor] = []
+    seen: list[list[float]] = []
     whole = records(cell.trigger)
     try:
         sums, module = run(cell, whole, seen)
@@ -55,8 +51,8 @@ def _moved(cell: Cell, whole, sums, module) -> float:
     other = [t.clone() for t in whole]
     for mine, fresh in zip(other, records("always", seed=1), strict=True):
         mine[VICTIM] = fresh[VICTIM]
-    without, _ = run(cell, [t[keep] for t in whole])
-    replaced, _ = run(cell, other)
+    without, _ = run(cell, [t[keep] for t in whole], guarded=False)
+    replaced, _ = run(cell, other, guarded=False)
     most = max(_distance(sums, without), _distance(sums, replaced) / 2) / C
     published = _published(module) if cell.what == "published" else 0.0
     return max(most / (1 + SLACK), published)
@@ -64,7 +60,7 @@ def _moved(cell: Cell, whole, sums, module) -> float:
 
 def _draw_alike(cell: Cell, whole, sums) -> bool:
     """Whether two runs that start alike draw alike in a step in which a seed was set."""
-    again, _ = run(cell, whole)
+    again, _ = run(cell, whole, guarded=False)
     steps = [ONCE, ONCE + 1] if cell.trigger == "once" else range(len(sums))
     same = [torch.allclose(sums[t], again[t], atol=C * SLACK) for t in steps if t < len(sums)]
     return any(same)

@@ -150,9 +150,29 @@ def afterwards(self, *_):
         self.break_.keep(self, *self.seen)
 
 
+def stepping(self, epoch, batch_idx, optimizer, closure):
+    pl.LightningModule.optimizer_step(self, epoch, batch_idx, optimizer, closure)
+    afterwards(self)
+
+
 class AtStart(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         at_start(pl_module, batch, batch_idx)
+
+
+class BeforeZeroGrad(pl.Callback):
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        afterwards(pl_module)
+
+
+class AfterBackward(pl.Callback):
+    def on_after_backward(self, trainer, pl_module):
+        afterwards(pl_module)
+
+
+class BeforeUpdate(pl.Callback):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        afterwards(pl_module)
 
 
 class AfterBatch(pl.Callback):
@@ -175,19 +195,29 @@ ON_MODULE = {
     "after transfer": ("on_after_batch_transfer", in_transfer),
     "batch start, module": ("on_train_batch_start", at_start),
     "batch end, module": ("on_train_batch_end", afterwards),
-    "before zero_grad": ("on_before_zero_grad", afterwards),
+    "before zero_grad, module": ("on_before_zero_grad", afterwards),
+    "after backward, module": ("on_after_backward", afterwards),
+    "before the update, module": ("on_before_optimizer_step", afterwards),
+    "optimizer_step": ("optimizer_step", stepping),
     "epoch end, module": ("on_train_epoch_end", afterwards),
+    "epoch start, module": ("on_train_epoch_start", afterwards),
 }
 CALLBACKS = {
     "batch start, callback": AtStart,
+    "before zero_grad, callback": BeforeZeroGrad,
+    "after backward, callback": AfterBackward,
+    "before the update, callback": BeforeUpdate,
     "batch end, callback": AfterBatch,
     "epoch end, callback": AfterEpoch,
-    "epoch start": BeforeEpoch,
+    "epoch start, callback": BeforeEpoch,
 }
 
 
 class Reader(pl.Callback):
-    """Each released sum: the gradient times the expected batch size."""
+    """Each released sum: the gradient times the expected batch size.
+
+    In Python's numbers: a list of tensors that grows would have all hooks tried out.
+    """
 
     def __init__(self, records, sums):
         self.records, self.sums = records, sums
@@ -198,7 +228,7 @@ class Reader(pl.Callback):
 
 def released(module, records):
     gradients = [p.grad.flatten() for p in module.net.parameters()]
-    return torch.cat(gradients) * records
+    return (torch.cat(gradients) * records).tolist()
 
 
 def usual(x):
@@ -217,13 +247,14 @@ class Attack:
         return x + 0.1 * (dropped(new) if self.mine.what == "known numbers" else new)
 
 
-def run(cell: Cell, data, seen=None):
+def run(cell: Cell, data, seen=None, *, guarded=True):
     """The released sums of all steps, and the program's module.
 
     Args:
         cell: what to do.
         data: from `records`, perhaps without one.
-        seen: where the sums go as they come, so that they are known after an error.
+        seen: where the sums go as they come, as lists, so that they are known after an error.
+        guarded: whether there is a self-test; the sums are the same without.
     """
     torch.manual_seed(0)
     dataset, net = Records(data, cell), Net(cell)
@@ -235,23 +266,24 @@ def run(cell: Cell, data, seen=None):
             num_workers=1, persistent_workers=True,
         )  # fmt: skip
     if cell.place.startswith("own loop"):
-        return run_loop(cell, net, loader, seen), net
+        run_loop(cell, net, loader, seen, guarded)
+        return torch.tensor(seen), net
     if cell.place in ON_MODULE:
         net.__class__ = type("Hooked", (Net,), dict([ON_MODULE[cell.place]]))
     callbacks = [CALLBACKS[cell.place]()] if cell.place in CALLBACKS else []
     if cell.place == "attack":
         callbacks.append(AdversarialTraining(Attack(cell), alarm=None))
-    dp = DifferentialPrivacy(**SETTINGS)
+    dp = DifferentialPrivacy(**SETTINGS, selftest=guarded)
     trainer = pl.Trainer(
         max_epochs=steps_of(cell.trigger), callbacks=[*callbacks, dp, Reader(len(dataset), seen)],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
         enable_model_summary=False, default_root_dir=tempfile.gettempdir(),
     )  # fmt: skip
     trainer.fit(net, loader)
-    return seen, net
+    return torch.tensor(seen), net
 
 
-def run_loop(cell, net, loader, seen):
+def run_loop(cell, net, loader, seen, guarded):
     optimizer = torch.optim.SGD(net.net.parameters(), lr=0.0)
     net.steps = 0
     place = cell.place if cell.place == "own loop, loss" else ""
@@ -259,7 +291,7 @@ def run_loop(cell, net, loader, seen):
     def loss(module, batch):
         return module.step(batch, place)
 
-    steps, privacy = steps_of(cell.trigger), Privacy(**SETTINGS)
+    steps, privacy = steps_of(cell.trigger), Privacy(**SETTINGS, selftest=guarded)
     run = make_private(net, optimizer, loader, loss=loss, epochs=steps, privacy=privacy)
     with run as private:
         for _ in range(steps):
@@ -271,4 +303,3 @@ def run_loop(cell, net, loader, seen):
                 if cell.place == "own loop, after the step":
                     net.break_.keep(net, *batch)
                 net.steps += 1
-    return seen
