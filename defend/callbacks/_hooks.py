@@ -151,21 +151,13 @@ class UsersHooks:
             self._run(trial, {"on_train_epoch_start": ()})
 
     def _update(self, trial: "_Trial", loss: Any) -> None:
-        """The optimizer's step, which moves nothing; in the user's own `optimizer_step`."""
-        clock, strategy = trial.clock, trial.trainer.strategy
-
-        def step(closure: Callable[[], Any] | None = None, **_: Any) -> Any:
-            loss = None if closure is None else closure()
-            clock.end_step()
-            return loss
-
-        if not _overrides(trial.module, "optimizer_step"):
-            clock.end_step()
-            return
-        optimizer = strategy._lightning_optimizers[0]
-        given = clock.epoch, clock.batch_idx, optimizer, lambda: loss
-        with mock.patch.object(optimizer, "step", step):
-            self._run(trial, {"optimizer_step": given})
+        """The module's own `optimizer_step`; its optimizer moves nothing."""
+        if _overrides(trial.module, "optimizer_step"):
+            clock, optimizer = trial.clock, trial.trainer.strategy._lightning_optimizers[0]
+            with mock.patch.object(optimizer, "step", _stand_still):
+                given = clock.epoch, clock.batch_idx, optimizer, lambda: loss
+                self._run(trial, {"optimizer_step": given})
+        trial.clock.end_step()  # after the hook, as Lightning counts
 
     @contextlib.contextmanager
     def _noting(self, module: nn.Module) -> Iterator[None]:
@@ -253,6 +245,11 @@ def _overrides(owner: Any, hook: str) -> bool:
     """Whether a hook is the user's: not one of Lightning's, nor one that does nothing."""
     found = getattr(owner, hook, None)
     return (getattr(found, "__module__", None) or "").partition(".")[0] not in ("", *_LIBRARIES)
+
+
+def _stand_still(closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+    """Stands in for the step of an optimizer."""
+    return None if closure is None else closure()
 
 
 def _save_nothing(*args: Any, **kwargs: Any) -> None:
