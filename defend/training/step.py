@@ -51,7 +51,8 @@ class TrainingStep:
     def gradient(self, batch: Any, fit: PrivateFit) -> Any:
         """Private: the clipped sum over a logical batch; what the user's step returned last."""
         output = None
-        fit.renew_randomness()
+        if self.adversarial is not None:
+            fit.renew_randomness()  # before each forward `chunks` does
         for chunk in fit.chunks(self.attack(batch)):
             with chunk:  # folds at its end; where memory runs out it is taken again in halves
                 output = self._gradient_of(chunk)
