@@ -108,7 +108,8 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
                 f"Expected nothing to be kept from one step to the next, got `{used or names[0]}`, "
                 f"which changed between two steps, and {what}. Nobody can try out what is done "
                 "there; what depends on the records gets no noise. Do it in `loss`, where it is "
-                "tried out; keep averages of the weights in a copy of the model, beside it."
+                "tried out; fill caches before the loop, and keep averages of the weights in a "
+                "copy of the model, beside it."
             )
 
     def _up_to_date(self) -> PrivateTraining:

@@ -1,5 +1,6 @@
 """Hooks after a step that keep something: of records it is refused, of weights it trains."""
 
+import copy
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -323,6 +324,25 @@ def test_a_weight_of_each_record_alone_trains(kind):
 # --- a loop of one's own
 
 
+def beside_it(model):
+    """A teacher that follows the weights, in a copy of the model: the cure that the error names."""
+    teacher = copy.deepcopy(model.net).requires_grad_(False)
+
+    def between(module, batch):
+        for mine, its in zip(teacher.parameters(), module.net.parameters(), strict=True):
+            mine.mul_(0.9).add_(0.1 * its)
+
+    def loss(module, batch):
+        out = module.net(batch[0])
+        return F.cross_entropy(out, batch[1]) + F.mse_loss(out, teacher(batch[0]))
+
+    return between, loss
+
+
+def test_a_teacher_beside_the_model_trains():
+    assert loop(*beside_it(Net())) == 4
+
+
 def loop(between, loss=None, dataset=None, adversarial=None):
     model = Net()
     optimizer = torch.optim.SGD(model.net.parameters(), lr=0.1)
@@ -369,6 +389,7 @@ def kept_in(name):
     """A loop that keeps a mean of the batch where it is named, and its loss uses it."""
     dataset, local, both = Weighted(KINDS["tensor"]), None, SimpleNamespace(a=None, b=None)
     attack = SimpleNamespace(shift=torch.zeros(8))
+    frozen = nn.Parameter(torch.zeros(8), requires_grad=False)
 
     def loss(module, batch):
         x, y, weight, _ = batch
@@ -382,6 +403,7 @@ def kept_in(name):
             "class": State.mean,
             "function": getattr(loss, "mean", None),
             "one of two": both.a,
+            "parameter": frozen,
         }
         mean = places.get(name)
         out = module.net(x if mean is None else x - mean)
@@ -413,6 +435,8 @@ def kept_in(name):
             both.a, both.b = mean, mean.clone()
         elif name == "attack":
             attack.shift = mean
+        elif name == "parameter":
+            frozen.copy_(mean)
 
     def shifted(model, x, y, **_):
         return x + attack.shift
@@ -422,7 +446,7 @@ def kept_in(name):
 
 KEPT_IN = (
     "attribute", "part", "closure", "global", "list", "weights", "new dict", "class", "function",
-    "one of two", "attack",
+    "one of two", "attack", "parameter",
 )  # fmt: skip
 
 

@@ -199,7 +199,8 @@ def _kept_by(owner: Any) -> Iterator[tuple[Key, Any, Any]]:
         yield (id(owner), _ATTRIBUTES), None, None
     for name, value in items:
         for place, part in enumerate(value if isinstance(value, tuple) else (value,)):
-            number = _number_of(part)
+            frozen = isinstance(part, nn.Parameter) and not part.requires_grad
+            number = _bits(part) if attributes and frozen else _number_of(part)
             if attributes and isinstance(part, dict | list):  # another one may take its place
                 contents = [_number_of(v) for v in _some_of(part)]
                 key = f"{prefix}{name} of {len(part)}"

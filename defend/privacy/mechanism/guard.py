@@ -11,14 +11,16 @@ from torch.utils.hooks import RemovableHandle
 
 from defend.batching.digest import sum_of_bits
 from defend.errors import PrivacyError
+from defend.privacy.mechanism.release_mark import ReleaseMark
 
 
 class StepGuard:
     """Hooks that let the user's own optimizer step on released gradients alone.
 
     *Guarantee.* Between two calls of `begin` the weights move only in one step of the optimizer,
-    on the gradients that were in every `p.grad` at `note_release`. Any other step, any gradient
-    added to a released one, and any weight that moved in another way is an error.
+    on the gradients that were in every `p.grad` at `note_release`, or a multiple of them all. Any
+    other step, any gradient that was added to or changed after the release, and any weight that
+    moved in another way is an error.
 
     Args:
         module: the model.
@@ -38,6 +40,7 @@ class StepGuard:
         forget: Callable[[], None],
     ) -> None:
         self.holds_release = False
+        self._mark: ReleaseMark | None = None  # of the last release
         self._stepping = False  # between the start of a step on a release and its end
         self._module, self._optimizer = module, optimizer
         self._parameters, self._forget = parameters, forget
@@ -79,6 +82,7 @@ class StepGuard:
     def note_release(self) -> None:
         """The gradients in every `p.grad` are released: one step may be taken on them."""
         self.holds_release = True
+        self._mark = ReleaseMark(self._parameters)
 
     def remove(self) -> None:
         """Take the hooks away; the optimizer then steps on whatever it is given."""
@@ -155,6 +159,15 @@ class StepGuard:
             raise PrivacyError(
                 "Expected one noised gradient for each optimizer step, got a step on gradients "
                 "without noise. Let the training loop take the steps: one batch, one step."
+            )
+        if self._mark is not None and not self._mark.is_kept():
+            self.holds_release = False
+            self._forget()
+            raise PrivacyError(
+                "Expected the released gradient to reach the optimizer as it is, or scaled as a "
+                "whole, got one that was changed after the noise was added (by a hook before the "
+                "optimizer's step, or in configure_gradient_clipping?). Nobody can tell whether it "
+                "still depends on the release alone. Do it in the step of the optimizer."
             )
         self.holds_release, self._stepping = False, True
 
