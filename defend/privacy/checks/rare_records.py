@@ -72,27 +72,32 @@ def refuse_rare_couplings(
 
 def _others(copy: StepOnCopy, first: Any, rest: list[Any]) -> list[Tensor] | None:
     """Gradients of all but the first record; None where the step takes no such batch."""
-    try:
-        found = copy.seeded_gradients([first, *rest], 2)
-    except PrivacyError:
-        raise
-    except Exception:
-        return None
-    return [g[1:] for g in found]
+    taken = _first_step(copy, [first, *rest])
+    return None if taken is None else [g[1:] for g in taken[1]]
 
 
 def _others_after(copy: StepOnCopy, first: Any, rest: list[Any]) -> list[Tensor] | None:
     """The same in the step after the one that had the first record in it."""
-    if _others(copy, first, rest) is None:
+    taken = _first_step(copy, [first, *rest])
+    if taken is None:
         return None
-    with copy.seeded(2):
-        batch = copy.batch_of([first, *rest])
-    with copy.seeded(2):
-        copy.gradients(batch, 1 + len(rest))
     with copy.seeded(3):
-        batch = copy.next_attacked(batch, lambda: rest)
+        batch = copy.next_attacked(taken[0], lambda: rest)
     with copy.seeded(3):
         return copy.gradients(batch, len(rest))
+
+
+def _first_step(copy: StepOnCopy, records: list[Any]) -> tuple[Any, list[Tensor]] | None:
+    """The batch of some records, and the gradient of each; None where the step takes no such."""
+    try:
+        with copy.seeded(2):
+            batch = copy.batch_of(records)
+        with copy.seeded(2):
+            return batch, copy.gradients(batch, len(records))
+    except PrivacyError:
+        raise
+    except Exception:
+        return None
 
 
 def _judge(
