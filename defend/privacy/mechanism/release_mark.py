@@ -31,7 +31,7 @@ class ReleaseMark:
             return True
         alive = norms > 0
         factors = alive * norms.norm() / self._norms[alive].norm().clamp_min(1e-30)
-        sizes = torch.tensor([_size(p) for p in self._parameters])
+        sizes = torch.tensor([len(range(0, p.numel(), _stride(p))) for p in self._parameters])
         each = factors.repeat_interleave(sizes.to(factors.device))
         pairs = [(norms, factors * self._norms), (parts, each * self._parts)]
         return all(
@@ -46,12 +46,10 @@ class ReleaseMark:
         norms, parts = [], []
         for p in self._parameters:
             gradient = (torch.zeros_like(p) if p.grad is None else p.grad).detach().flatten()
-            stride = -(-len(gradient) // _SAMPLED)
-            part = gradient[:: max(stride, 1)].double()
             norms.append(gradient.norm().double().to(device))
-            parts.append(torch.cat([part, part.new_zeros(_size(p) - len(part))]).to(device))
+            parts.append(gradient[:: _stride(p)].double().to(device))
         return torch.stack(norms), torch.cat(parts)
 
 
-def _size(parameter: Tensor) -> int:
-    return min(parameter.numel(), _SAMPLED)
+def _stride(parameter: Tensor) -> int:
+    return max(-(-parameter.numel() // _SAMPLED), 1)
