@@ -36,6 +36,7 @@ GLOBAL: tuple[Generator, ...] = (
 # so the words themselves are set. They lie in the generator's state after a header of 24 bytes,
 # each in a slot of 8.
 WORDS = 624
+_SEED = 8  # words of a seed for generators that make their state from one
 _HEADER = 24
 
 
@@ -52,9 +53,9 @@ def _fresh_state() -> np.ndarray:
     return torch.Generator().manual_seed(0).get_state().numpy().copy()
 
 
-def secret_words() -> np.ndarray:
-    """624 words of 32 bits from the operating system."""
-    return np.frombuffer(secrets.token_bytes(4 * WORDS), np.uint32)
+def secret_words(count: int = WORDS) -> np.ndarray:
+    """Words of 32 bits from the operating system."""
+    return np.frombuffer(secrets.token_bytes(4 * count), np.uint32)
 
 
 def start(generator: Generator, words: np.ndarray | None = None) -> None:
@@ -62,12 +63,14 @@ def start(generator: Generator, words: np.ndarray | None = None) -> None:
 
     Args:
         generator: of torch, numpy or Python.
-        words: what it starts from, uint32, shape `[624]`; None for OS entropy.
+        words: what it starts from, uint32, shape `[624]`; None for OS entropy: 256 bits where the
+            generator makes its state from a seed of any length, else all of its state.
 
     Raises:
         PrivacyError: for a generator that cannot be set.
     """
-    words = secret_words() if words is None else words
+    if words is None:
+        words = secret_words(WORDS if isinstance(generator, torch.Generator) else _SEED)
     try:
         if isinstance(generator, torch.Generator):
             _start_torch(generator, words)
@@ -94,12 +97,9 @@ def _start_numpy(generator: Any, words: np.ndarray) -> None:
     legacy = isinstance(generator, RandomState)
     bits = generator._bit_generator if legacy else _bits_of(generator)
     if legacy and isinstance(bits, np.random.MT19937):
-        generator.seed(words)  # a tenth of the time that setting its state takes
+        generator.seed(words)  # a fifth of the time that setting its state takes
         return
-    if isinstance(bits, np.random.MT19937):
-        fresh: Any = {"bit_generator": "MT19937", "state": {"key": words, "pos": WORDS}}
-    else:
-        fresh = type(bits)(np.random.SeedSequence(words[:8].tolist(), pool_size=8)).state
+    fresh = type(bits)(np.random.SeedSequence(words[:_SEED].tolist(), pool_size=_SEED)).state
     if legacy:  # it keeps a normal number for the next call
         generator.set_state({**fresh, "has_gauss": 0, "gauss": 0.0})
     else:
