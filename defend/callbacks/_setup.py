@@ -1,7 +1,8 @@
-"""What a Trainer says about a run before its first step, and what is refused then."""
+"""What a Trainer says about a run before its first step, and what is told of errors later."""
 
 import inspect
 import math
+import traceback
 
 import lightning.pytorch as pl
 
@@ -59,4 +60,14 @@ def refuse_steering(trainer: pl.Trainer, metric: str) -> None:
         raise PrivacyError(
             f"Expected nothing to be steered by the training data without noise, got {found[0]} "
             f"that monitors `{metric}`. Monitor a metric of held-out data, or the step."
+        )
+
+
+def explain_missing_gradients(error: BaseException) -> None:
+    """A hook that reads `p.grad` too early fails with Python's words; add what to do."""
+    hooks = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    if isinstance(error, AttributeError | TypeError) and "on_after_backward" in hooks:
+        error.add_note(
+            "defend: in on_after_backward the gradients of the records are forgotten already, and "
+            "every p.grad is None. Read the released gradient in on_before_optimizer_step."
         )

@@ -9,7 +9,7 @@ import torch
 from defend.callbacks._base import DefendCallback
 from defend.callbacks._guarded_hooks import GuardedHooks
 from defend.callbacks._runtime import TrainerRuntime
-from defend.callbacks._setup import refuse_steering, trainer_facts
+from defend.callbacks._setup import explain_missing_gradients, refuse_steering, trainer_facts
 from defend.callbacks._strategy import PatchedStrategy
 from defend.errors import InputError, PrivacyError
 from defend.privacy.checks.dry_run import DryRun
@@ -360,6 +360,12 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
             logger.log_metrics({EPSILON: self.epsilon}, step=last)
 
     # --- afterwards ---------------------------------------------------------------------------
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        explain_missing_gradients(exception)
+        super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
         self.fetch_state()

@@ -402,3 +402,28 @@ class WeightsAnew(Net):
 def test_what_hides_well_is_found(kind):
     with pytest.raises(PrivacyError, match=r"the batch before|in a batch|record holds"):
         fitted(kind())
+
+
+class LogsNorms(Net):
+    """The norm of each gradient, logged from a hook."""
+
+    def norms(self):
+        self.log("norms", sum(p.grad.norm() for p in self.parameters()))
+
+
+class AfterBackward(LogsNorms):
+    def on_after_backward(self):
+        self.norms()
+
+
+class BeforeStep(LogsNorms):
+    def on_before_optimizer_step(self, optimizer):
+        self.norms()
+
+
+def test_gradients_that_are_read_too_early_are_explained():
+    """Python says that None has no `norm`; the note tells the hook that works, which does."""
+    with pytest.raises(AttributeError) as error:
+        fitted(AfterBackward())
+    assert "in on_before_optimizer_step" in error.value.__notes__[0]
+    fitted(BeforeStep())
