@@ -54,6 +54,7 @@ LONGEST = (
 # worker of pytest-xdist runs them all. Any other file is a group of its own.
 GROUPS = {
     "tests/callbacks/test_ddp.py": "programs",
+    "tests/training/test_adversarial_fabric.py": "programs",
     "tests/training/test_fabric.py": "programs",
     "tests/training/test_processes.py": "programs",
     "tests/contracts/test_opacus_alone.py": "breaks",

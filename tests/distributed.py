@@ -5,10 +5,12 @@ all work is done, if a DistributedDataParallel outlives its process group. So a 
 models first, then the group.
 """
 
+import functools
 import gc
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,6 +29,14 @@ def torchrun(processes: int, *program: str) -> None:
     """Run `python -m program…` in so many processes, on a port that nobody else has."""
     group = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
     launch(*group, *program)
+
+
+@functools.cache
+def two_processes() -> str:
+    """The folder of what two processes under `torch.distributed.run` ended with, started once."""
+    folder = tempfile.mkdtemp(prefix="defend-torchrun-")
+    torchrun(2, "tests.training.two_processes", folder)
+    return folder
 
 
 def launch(*program: str) -> None:

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 
 from defend.errors import InputError, PrivacyError
 from defend.privacy.checks.preconditions import Setup
+from defend.privacy.checks.setup import kind_of_strategy
 
 
 def refuse_warmup_without_an_end(trainer: pl.Trainer, warmup_epochs: float) -> None:
@@ -31,7 +32,7 @@ def trainer_facts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Setup:
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         gradient_clip_val=trainer.gradient_clip_val,
         precision=trainer.precision,
-        strategy=type(trainer.strategy).__name__,
+        strategy=kind_of_strategy(type(trainer.strategy)),
         automatic_optimization=pl_module.automatic_optimization,
         overrides_backward=type(pl_module).backward is not pl.LightningModule.backward,
         compiled=getattr(pl_module, "_compiler_ctx", None) is not None,

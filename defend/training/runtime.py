@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from defend.errors import InputError
+from defend.privacy.checks.setup import kind_of_strategy
 from defend.privacy.mechanism.randomness import Randomness
 from defend.training.processes import Processes
 
@@ -226,7 +227,7 @@ class FabricRuntime(PlainRuntime):
         self.model, self._fabric = model, fabric
         self.precision = getattr(fabric.strategy.precision, "precision", "32-true")
         self.half = "mixed" in str(self.precision)
-        self.strategy = type(fabric.strategy).__name__
+        self.strategy = kind_of_strategy(type(fabric.strategy))
 
     def autocast(self) -> Context:
         return self._fabric.autocast()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from defend import DifferentialPrivacy
 from defend.privacy.mechanism.clipping import AdaptiveClipping, FlatClipping, PerLayerClipping
@@ -150,3 +151,13 @@ def test_the_loss_goes_down_with_a_little_noise():
         _, run = fit(private(noise_multiplier=0.01, insecure_seed=None), val=val, max_epochs=epochs)
         losses.append(float(run.callback_metrics["val_loss"]))
     assert losses[1] < 0.9 * losses[0]  # 0.72: batches and noise are new each time
+
+
+class Own(SingleDeviceStrategy):
+    """A strategy that somebody made from Lightning's."""
+
+
+def test_a_strategy_of_ones_own_trains():
+    callback = private(ledger=False)
+    fit(callback, Net, max_epochs=1, strategy=Own(device=torch.device("cpu")))
+    assert callback.steps == 8

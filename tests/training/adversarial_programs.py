@@ -1,14 +1,10 @@
 """Adversarial loops that must come out alike in one process and in two.
 
-    python -m torch.distributed.run … -m tests.training.adversarial_programs FOLDER
-
-runs every case in each process and writes what it ended with to FOLDER.
+`tests.training.two_processes` runs every case in each process, and writes what it ended with.
 """
 
 import functools
 import os
-import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from defend import PGD, Linf
 from defend.attacks.free import Free
 from defend.objectives import AWP, MART, TRADES
-from tests.distributed import process_group, torchrun
+from tests.distributed import two_processes
 from tests.helpers import flat
 from tests.training.adversarial_cases import batches as rows_of
 from tests.training.adversarial_cases import loop_of, net, sgd
@@ -119,23 +115,12 @@ def alone(name):
     return run_case(name, 1)
 
 
-@functools.cache
-def _folder():
-    folder = tempfile.mkdtemp(prefix="defend-adversarial-")
-    torchrun(2, "tests.training.adversarial_programs", folder)
-    return folder
-
-
 def reports(name):
     """What each of two processes ended a case with."""
-    return [torch.load(Path(_folder(), f"{name}-{rank}.pt")) for rank in range(2)]
+    return [torch.load(Path(two_processes(), f"{name}-{rank}.pt")) for rank in range(2)]
 
 
-def main(folder):
-    with process_group():
-        for name in CASES:
-            torch.save(run_case(name, 2), Path(folder, f"{name}-{os.environ['LOCAL_RANK']}.pt"))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def run_cases(folder):
+    """Run every case in one of two processes."""
+    for name in CASES:
+        torch.save(run_case(name, 2), Path(folder, f"{name}-{os.environ['LOCAL_RANK']}.pt"))

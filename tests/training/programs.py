@@ -2,8 +2,9 @@
 
     python -m tests.training.programs FOLDER PROCESSES NAMES…
 
-runs cases under Lightning's own launcher, or under `torch.distributed.run` if that started it; each
-process writes what each case ended with to FOLDER. `alone` runs a case in this process.
+runs cases under Lightning's own launcher; each process writes what each case ended with to FOLDER.
+Two processes run them under `torch.distributed.run` (`tests.training.two_processes`). `alone` runs
+a case in this process.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from defend import (
 )
 from defend.objectives import AWP, MART, TRADES, Madry
 from defend.privacy import AdaptiveClipping, Randomness
-from tests.distributed import launch, process_group, torchrun
+from tests.distributed import launch, process_group, two_processes
 from tests.helpers import Net, data, flat, trainer
 from tests.loops import private_loop
 
@@ -228,7 +229,7 @@ def no_ledger_at(folder):
 
 LOOPS = {"plain": plain, "fabric": fabric, "lightning": lightning}
 FEW = {"alone": None, "several": 3}  # a chunk size
-QUIET = {"lr": 0.0, "epochs": 16}
+QUIET = {"lr": 0.0, "epochs": 6}
 CASES = {
     "plain exact": ("plain", {"chunk_size": FEW}),
     "plain empty ranks": ("plain", {"records": 12, "batch": 2, "epochs": 6}),
@@ -306,17 +307,8 @@ def alone(name):
 
 
 @functools.cache
-def under_torchrun():
-    """The folder of the reports of two processes under `torch.distributed.run`, started once."""
-    folder = tempfile.mkdtemp(prefix="defend-torchrun-")
-    names = [name for name in CASES if not name.startswith("three")]
-    torchrun(2, "tests.training.programs", folder, "2", *names)
-    return folder
-
-
-@functools.cache
 def under_lightning():
-    """The same for three processes of Lightning's launcher."""
+    """The folder of the reports of three processes of Lightning's launcher, started once."""
     folder = tempfile.mkdtemp(prefix="defend-lightning-")
     names = [name for name in CASES if name.startswith("three")]
     launch("tests.training.programs", folder, "3", *names)
@@ -326,16 +318,21 @@ def under_lightning():
 def reports(name):
     """What each of several processes ended a case with."""
     three = name.startswith("three")
-    folder = under_lightning() if three else under_torchrun()
+    folder = under_lightning() if three else two_processes()
     return [torch.load(Path(folder, f"{name}-{rank}.pt")) for rank in range(3 if three else 2)]
+
+
+def run_cases(folder, world, names):
+    """Run cases in one of several processes, and write what each ended with."""
+    for name in names:
+        report = run_case(name, world, folder)
+        rank = os.environ.get("LOCAL_RANK", "0")
+        torch.save(report, Path(folder, f"{name}-{rank}.pt"))
 
 
 def main(folder, world, *names):
     with process_group():
-        for name in names:
-            report = run_case(name, int(world), folder)
-            rank = os.environ.get("LOCAL_RANK", "0")
-            torch.save(report, Path(folder, f"{name}-{rank}.pt"))
+        run_cases(folder, int(world), names)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import FSDPStrategy
 from torch.utils.data import DataLoader
 
 from defend import InputError, PrivacyError
@@ -68,7 +69,7 @@ def test_a_scaled_precision_is_refused():
 def test_a_sharding_strategy_is_refused():
     run = Fabric(accelerator="cpu", devices=1)
     model, optimizer = set_up(run)
-    run._strategy = type("FSDPStrategy", (type(run.strategy),), {})()
+    run._strategy = FSDPStrategy()
     with pytest.raises(PrivacyError, match=r"one device or the DDP strategy, got FSDPStrategy"):
         private(model, optimizer, fabric=run)
 

@@ -13,8 +13,7 @@ TIMES = 20
 
 def test_what_was_taken_is_on_the_ledger_and_at_most_one_more(tmp_path):
     process = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.processes",
-         "kill_at_random_moments", str(tmp_path), str(TIMES)],
+        [sys.executable, "-W", "ignore", "-m", "tests.training.killed", str(tmp_path), str(TIMES)],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr

@@ -64,7 +64,7 @@ def noise_in(case, silence, rank):
 
 
 def assert_deviation(noise, deviation):
-    """Within 4 standard errors; with 64 steps of 195 numbers that is 2.5%."""
+    """Within 4 standard errors; with 24 steps of 195 numbers that is 4%."""
     error = deviation / (2 * noise.numel()) ** 0.5
     assert abs(noise.std() - deviation) < 4 * error
     assert abs(noise.mean()) < 4 * deviation / noise.numel() ** 0.5

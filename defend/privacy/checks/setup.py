@@ -187,6 +187,7 @@ def several_closures(setup: Setup) -> str | None:
 
 
 STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}
+_LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
 PRECISIONS = {"32-true", "32", 32, "64-true", "64", 64, "bf16-mixed"}
 _INCOMPATIBLE_CALLBACKS = {
     "LearningRateFinder",
@@ -332,3 +333,12 @@ def _repeats(parts: list[tuple[Any, np.ndarray | None]]) -> int:
     ]
     together = np.sort(np.concatenate(wrapped))  # np.unique hashes, which takes far longer
     return int((together[1:] == together[:-1]).sum())
+
+
+def kind_of_strategy(strategy: type) -> str:
+    """The name of Lightning's own strategy that one is, or is made from: Ray's DDP is Lightning's.
+
+    The nearest one: DeepSpeed's is made from DDP's, and is no DDP.
+    """
+    own = (kind for kind in strategy.__mro__ if kind.__module__.partition(".")[0] in _LIGHTNING)
+    return next(own, strategy).__name__

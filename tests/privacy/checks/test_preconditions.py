@@ -2,9 +2,11 @@
 
 import time
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, XLAStrategy
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -22,6 +24,7 @@ from torch.utils.data import (
 
 from defend import PrivacyError
 from defend.privacy.checks.preconditions import REFUSALS, Setup, check
+from defend.privacy.checks.setup import kind_of_strategy
 from defend.privacy.gradients.per_record import PerRecordGradients
 
 DATA = TensorDataset(torch.rand(20, 3))
@@ -410,3 +413,27 @@ def test_the_parametrization_that_replaces_weight_hooks_gives_per_record_gradien
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
 def test_sound_precisions_pass(precision):
     check(Setup(precision=precision))
+
+
+class Own(DDPStrategy):
+    """As Ray's, which sets up its processes in another way."""
+
+
+class Sharded(DeepSpeedStrategy):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind", "accepted"),
+    [
+        (DDPStrategy, "DDPStrategy", True),
+        (Own, "DDPStrategy", True),
+        (Sharded, "DeepSpeedStrategy", False),
+        (XLAStrategy, "XLAStrategy", False),
+        (dict, "dict", False),
+    ],
+)
+def test_a_strategy_is_known_by_what_it_is_made_from(strategy, kind, accepted):
+    assert kind_of_strategy(strategy) == kind
+    with nullcontext() if accepted else pytest.raises(PrivacyError, match=f"got {kind}"):
+        check(Setup(strategy=kind))
