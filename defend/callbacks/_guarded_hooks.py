@@ -1,10 +1,15 @@
 """Hooks around a private step: one that changes something has to show in trials what it does."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor, nn
 
 from defend.batching.digest import digest, same
 from defend.callbacks._hooks import UsersHooks
 from defend.errors import PrivacyError
+from defend.privacy.checks.state_watch import StateWatch
 from defend.training.private import PrivateFit
 
 
@@ -19,6 +24,7 @@ class GuardedHooks:
     def __init__(self, hooks: UsersHooks, *, asked: bool) -> None:
         self._hooks, self._asked = hooks, asked
         self._given: list[Any] | None = None  # digest of the batch as it was loaded
+        self._inside: set[str] = set()  # what hooks around a backward wrote to, of the published
 
     def begin(self, batch: Any, batch_idx: int) -> None:
         """A batch is there, and no hook has seen it yet."""
@@ -48,6 +54,27 @@ class GuardedHooks:
                 )
         self._check_state(fit)
 
+    @contextmanager
+    def around_backward(self, module: nn.Module, loss: Tensor) -> Iterator[None]:
+        """Around the backward of a chunk, and the hooks before and after it.
+
+        Raises:
+            PrivacyError: if a hook changed the loss itself.
+        """
+        before = _graph_of(loss)
+        watch = StateWatch(module) if self._asked and self._hooks.run_inside() else None
+        if watch is not None:
+            watch.note()
+        yield
+        if watch is not None:
+            self._inside |= set(watch.take())
+        if before != _graph_of(loss):
+            raise PrivacyError(
+                "Expected the loss to go into the backward as `training_step` returned it, got one "
+                "that `on_before_backward` changed: it may scale the gradient of each record by "
+                "all others. Change the loss in training_step, where it is tried out."
+            )
+
     def check_end(self, fit: PrivateFit) -> None:
         """The fit is over; the last look at what is kept.
 
@@ -60,7 +87,7 @@ class GuardedHooks:
 
     def _check_state(self, fit: PrivateFit) -> None:
         inside = self._hooks.run_inside()
-        names = set(fit.take_state(inside=inside)) - self._hooks.after
+        names = (set(fit.take_state(inside=inside)) | self._inside) - self._hooks.after
         new = names | (fit.watch.inside - self._hooks.after if inside else set())
         if not new:
             return
@@ -77,3 +104,8 @@ class GuardedHooks:
                 "is published without noise. Do it in training_step, where it is tried out, or on "
                 "public data; selftest=False leaves you to answer for it."
             )
+
+
+def _graph_of(loss: Tensor) -> tuple[Any, ...]:
+    """What a change in place, or a hook on it, changes of a loss."""
+    return loss._version, loss.grad_fn, len(loss._backward_hooks or ())

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 from unittest import mock
 
@@ -170,6 +171,8 @@ class UsersHooks:
 
     def _run(self, trial: "_Trial", hooks: dict[str, tuple[Any, ...]]) -> None:
         self.untried = self.untried or trial.untried
+        if not trial.apart:  # they would move the optimizers of the fit
+            return
         for hook, given in hooks.items():
             for owner in (*trial.callbacks, trial.module):
                 if not _overrides(owner, hook):
@@ -192,17 +195,19 @@ class _Trial:
         self.module, self.clock = module, clock
         self.untried: str | None = None
         self.callbacks: list[Callback] = []
+        self.apart = hooks
         try:
             self.trainer = trial_trainer(trainer, module, clock, whole=hooks)
         except Exception as error:
             self.untried = f"the trainer cannot be copied: {error}"
             self.trainer = trial_trainer(trainer, module, clock, whole=False)
-        if not hooks:
+            self.apart = False
+        if not self.apart:
             return
         users = users_callbacks(trainer)
         shared = [getattr(trainer, "datamodule", None), *trainer.loggers]
         memo: dict[int, Any] = {id(part): part for part in shared}
-        memo |= {id(trainer): self.trainer, id(trainer.lightning_module): module}
+        memo |= {id(trainer): self.trainer, **_parts_of(trainer.lightning_module, module)}
         memo |= {id(g): g for g in generators_in(users, shared)}  # seeded with all others
         for callback in users:
             values = vars(callback).values()
@@ -212,8 +217,29 @@ class _Trial:
                 self.untried = f"{type(callback).__name__} cannot be copied"
             else:
                 self.callbacks.append(copied)
+        _rebind(trainer.lightning_module, module, memo)
         others = [c for c in trainer.callbacks if c not in users]  # type: ignore[attr-defined]
         self.trainer.callbacks = [*others, *self.callbacks]  # type: ignore[attr-defined]
+
+
+def _parts_of(original: nn.Module, copied: nn.Module) -> dict[int, Any]:
+    """What stands for a module and its parts where a callback holds them: those of its copy."""
+    found: dict[int, Any] = {}
+    for parts in ("named_modules", "named_parameters", "named_buffers"):
+        mine = dict(getattr(copied, parts)())
+        found |= {id(p): mine[n] for n, p in getattr(original, parts)() if n in mine}
+    return found
+
+
+def _rebind(original: nn.Module, copied: nn.Module, memo: dict[int, Any]) -> None:
+    """Forward hooks that are methods of a callback become those of its copy."""
+    mine = dict(copied.named_modules())
+    for name, part in original.named_modules():
+        for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+            for key, hook in getattr(part, hooks).items():
+                owner = memo.get(id(getattr(hook, "__self__", None)))
+                if isinstance(hook, MethodType) and owner is not None and name in mine:
+                    getattr(mine[name], hooks)[key] = MethodType(hook.__func__, owner)
 
 
 def _copied(callback: Callback, memo: dict[int, Any]) -> Callback | None:

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from defend.errors import InputError, PrivacyError
 from defend.privacy.checks.preconditions import Setup
 from defend.privacy.checks.setup import kind_of_strategy
+from defend.privacy.mechanism.generators import is_users_module
 
 
 def refuse_warmup_without_an_end(trainer: pl.Trainer, warmup_epochs: float) -> None:
@@ -44,6 +45,12 @@ def trainer_facts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Setup:
     )
 
 
+def is_last_of_epoch(trainer: pl.Trainer) -> bool:
+    """Whether the batch at hand is the last of its epoch, which may end before its loader does."""
+    loop = trainer.fit_loop.epoch_loop
+    return loop.batch_progress.is_last_batch or loop.batch_idx + 1 >= trainer.num_training_batches
+
+
 def refuse_steering(trainer: pl.Trainer, metric: str) -> None:
     """Nothing that shapes the weights may look at a metric of the training data without noise.
 
@@ -66,7 +73,8 @@ def refuse_steering(trainer: pl.Trainer, metric: str) -> None:
 
 def explain_missing_gradients(error: BaseException) -> None:
     """A hook that reads `p.grad` too early fails with Python's words; add what to do."""
-    hooks = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    hooks = {f.f_code.co_name for f in frames if is_users_module(f.f_globals.get("__name__", ""))}
     if isinstance(error, AttributeError | TypeError) and "on_after_backward" in hooks:
         error.add_note(
             "defend: in on_after_backward the gradients of the records are forgotten already, and "

@@ -56,6 +56,9 @@ class PrivacyHooks(Protocol):
     def note_batch(self, batch: Any) -> None:
         """Told of each batch that is trained on, as the step gets it."""
 
+    def around_backward(self, loss: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """Entered around the backward of each chunk, and the hooks before and after it."""
+
     def note_validation_end(self) -> None:
         """Told when all hooks of a validation ran."""
 
@@ -119,13 +122,17 @@ class PatchedStrategy:
             if isinstance(getattr(vars(owner).get(name), "__self__", None), PatchedStrategy):
                 delattr(owner, name)
 
+    def _private_backward(self, privacy: PrivacyHooks, loss: torch.Tensor, optimizer: Any) -> None:
+        with privacy.around_backward(loss):
+            self._backward(loss, optimizer)
+
     def step(self, *args: Any, **kwargs: Any) -> TrainingStep:
         """A step of this training; `args` are those of `training_step` behind the batch."""
         adversary, privacy = self.adversary, self.privacy
         runtime = TrainerRuntime(
             self.trainer,
             partial(self._users_step, args, kwargs),
-            self._backward,
+            self._backward if privacy is None else partial(self._private_backward, privacy),
             contextlib.nullcontext if adversary is None else adversary.timed,
             None if adversary is None else adversary.generator,
         )

@@ -1,5 +1,7 @@
 """DP-SGD for an unmodified LightningModule: a thin shell over `defend.training`."""
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,12 @@ import torch
 from defend.callbacks._base import DefendCallback
 from defend.callbacks._guarded_hooks import GuardedHooks
 from defend.callbacks._runtime import TrainerRuntime
-from defend.callbacks._setup import explain_missing_gradients, refuse_steering, trainer_facts
+from defend.callbacks._setup import (
+    explain_missing_gradients,
+    is_last_of_epoch,
+    refuse_steering,
+    trainer_facts,
+)
 from defend.callbacks._strategy import PatchedStrategy
 from defend.errors import InputError, PrivacyError
 from defend.privacy.checks.dry_run import DryRun
@@ -216,6 +223,7 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
                 "Expected training data at the start of fit, got none. Give the Trainer a training "
                 "loader, and do not set limit_train_batches=0."
             )
+        self._data.ends_epoch = partial(is_last_of_epoch, trainer)
         self._refuse_unknown_steps(trainer)
         patched = PatchedStrategy.of(trainer)
         adversary = patched.adversary
@@ -280,6 +288,12 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
         self._begun = False
         if self._hooks is not None:
             self._hooks.check(batch, self.fit)
+
+    def around_backward(self, loss: torch.Tensor) -> AbstractContextManager[None]:
+        """Around the backward of a chunk, hooks included."""
+        if self._hooks is None or self._trainer is None:
+            return nullcontext()
+        return self._hooks.around_backward(self._trainer.lightning_module, loss)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

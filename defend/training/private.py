@@ -289,7 +289,12 @@ class PrivateFit:
 
     def _is_deep(self, steps: int) -> bool:
         """Whether all that is kept is looked at around a step: the first, the last of an epoch."""
-        return steps == 1 or steps % self.data.sampler.steps == 0
+        return steps == 1 or steps % self.data.sampler.steps == 0 or self.data.ends_epoch()
+
+    def end_pass(self) -> None:
+        """A loop of one's own asks for no more batches, sooner than expected perhaps."""
+        if self._training.settings.selftest:
+            self.watch.deepen()
 
     def take_state(self, *, inside: bool) -> list[str]:
         """A step begins: names of what changed since the last one.

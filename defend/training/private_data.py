@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class PrivateData:
         self.original, self.settings, self.processes = loader, settings, processes
         self.randomness = _shared_randomness(settings, processes)
         self.released: Mapping[str, Tensor] = {}
+        self.ends_epoch: Callable[[], bool] = _never  # the step at hand, before the loader does
         records = len(loader.dataset)
         if settings.delta >= 1 / records and processes.rank == 0:
             warnings.warn(
@@ -143,3 +144,7 @@ def _shared_randomness(settings: Privacy, processes: Processes) -> Randomness:
         return Randomness(settings.insecure_seed)
     root = processes.broadcast(Randomness().root)
     return Randomness(root=root, secure=settings.secure_noise)
+
+
+def _never() -> bool:
+    return False

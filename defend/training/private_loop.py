@@ -45,7 +45,7 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
         taken: int,
         planned: int,
     ) -> None:
-        self.loader = RecordedLoader(fit.data.loader, self._loading)
+        self.loader = RecordedLoader(fit.data.loader, self._loading, self._end_pass)
         self.steps_per_epoch = fit.data.sampler.steps
         self._training, self._budget = training, fit.account.budget
         self._taken, self._planned = taken, planned
@@ -94,6 +94,10 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
     def _loading(self) -> AbstractContextManager[None]:
         """Inside, a data set may fill a cache: what it keeps is tried out with the batches."""
         return nullcontext() if self._open is None else self._open[-1].watch.paused()
+
+    def _end_pass(self) -> None:
+        if self._open is not None:
+            self._open[-1].end_pass()
 
     def _refuse_kept_state(self, fit: PrivateFit) -> None:
         if not self._training.settings.selftest:

@@ -11,7 +11,7 @@ from defend.batching.digest import digest, same
 from defend.errors import PrivacyError
 
 _END = object()
-_OWN = ("_loader", "_given", "_loading")
+_OWN = ("_loader", "_given", "_loading", "_on_end")
 
 
 class RecordedLoader:
@@ -23,12 +23,16 @@ class RecordedLoader:
     Args:
         loader: the private one.
         loading: gives what is entered while a batch is loaded.
+        on_end: called where a pass over it ends, wherever the loop leaves it.
     """
 
     def __init__(
-        self, loader: DataLoader, loading: Callable[[], AbstractContextManager[None]]
+        self,
+        loader: DataLoader,
+        loading: Callable[[], AbstractContextManager[None]],
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
-        self._loader, self._loading = loader, loading
+        self._loader, self._loading, self._on_end = loader, loading, on_end
         self._given: deque[list[Any]] = deque()
 
     def __len__(self) -> int:
@@ -37,9 +41,12 @@ class RecordedLoader:
     def __iter__(self) -> Iterator[Any]:
         self._given.clear()
         batches = iter(self._loader)
-        while (batch := self._next(batches)) is not _END:
-            self._given.append(digest(batch))
-            yield batch
+        try:
+            while (batch := self._next(batches)) is not _END:
+                self._given.append(digest(batch))
+                yield batch
+        finally:  # at a `break`, too
+            self._on_end()
 
     def _next(self, batches: Iterator[Any]) -> Any:
         with self._loading():

@@ -1,6 +1,7 @@
 """Hooks after a step that keep something: of records it is refused, of weights it trains."""
 
 import copy
+import itertools
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -263,6 +264,98 @@ def test_what_no_trial_shows_is_refused():
         fitted(Net(), [OnlyInEarnest(schedule)])
 
 
+class AroundBackward(Net):
+    """Writes a mean of the batch within the step, in steps that are no last ones of an epoch."""
+
+    def training_step(self, batch, batch_idx):
+        self.seen = batch[0]
+        return super().training_step(batch, batch_idx)
+
+    def on_after_backward(self):
+        if self.global_step % 4 == 1:
+            with torch.no_grad():
+                self.mean.lerp_(self.seen.mean(0), 0.1)
+
+
+class Counting(AroundBackward):
+    def on_after_backward(self):
+        self.count += 1
+
+
+class FailsAround(Counting):
+    def on_after_backward(self):
+        if type(self.trainer) is not pl.Trainer:
+            raise OSError("no such file")
+        super().on_after_backward()
+
+
+def many_steps(module, hooks=(), **settings):
+    """Epochs of eight steps, the expected batch of the others."""
+    dp = DifferentialPrivacy(noise_multiplier=1.0, delta=1e-3, max_grad_norm=1.0, ledger=False)
+    fit = trainer(callbacks=[*hooks, dp], **{"max_epochs": 2, **settings})
+    fit.fit(module, DataLoader(data(8 * ROWS), batch_size=ROWS))
+    return dp
+
+
+def test_hooks_around_the_backward_are_seen_at_any_step():
+    with pytest.raises(PrivacyError, match="`mean`"):
+        many_steps(AroundBackward())
+    with pytest.raises(PrivacyError, match=r"FailsAround.on_after_backward: OSError"):
+        many_steps(FailsAround())
+    assert many_steps(Counting()).steps == 16
+
+
+class ByClass(Net):
+    """Weights of classes, from the losses of the last batch of an epoch, in an attribute."""
+
+    weights = torch.ones(3)
+
+    def training_step(self, batch, batch_idx):
+        losses = F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+        self.seen = losses.detach(), batch[1]
+        return (losses * self.weights[batch[1]]).mean()
+
+    def on_train_epoch_end(self):
+        losses, y = self.seen
+        self.weights = torch.stack([losses[y == c].mean() for c in range(3)]).nan_to_num(1.0)
+
+
+@pytest.mark.parametrize("limit", [1.0, 3])
+def test_the_end_of_an_epoch_is_seen_where_it_comes_early_too(limit):
+    with pytest.raises(PrivacyError):
+        many_steps(ByClass(), limit_train_batches=limit, max_epochs=4)
+
+
+class Centers(pl.Callback):
+    """Reads in one hook what a forward hook of its own kept."""
+
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.net.register_forward_hook(self.keep)
+
+    def keep(self, module, args, out):
+        self.seen = args[0].detach()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        pl_module.mean.mul_(0.9).add_(0.1 * self.seen.mean(0))
+
+
+class HoldsParts(pl.Callback):
+    """An average of the weights, by the parts that it took at the start."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.pairs = [*zip(pl_module.teacher.parameters(), pl_module.net.parameters(), strict=True)]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        for mine, its in self.pairs:
+            mine.data.lerp_(its.data, 0.1)
+
+
+def test_a_trial_has_the_parts_of_its_own_copy():
+    with pytest.raises(PrivacyError, match="`mean`"):
+        fitted(Net(), [Centers()])
+    assert fitted(Net(), [HoldsParts()]).steps == 6
+
+
 # --- weights of records
 
 
@@ -491,3 +584,72 @@ def test_in_a_loop_of_ones_own_what_is_kept_may_be_looked_at():
         return F.cross_entropy(out, batch[1])
 
     assert loop(between, loss) == 4
+
+
+def test_in_a_loop_that_ends_early_too():
+    """What is computed after the last batch of a pass that was left before its end."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.net.parameters(), lr=0.1)
+    privacy = Privacy(noise_multiplier=1.0, delta=1e-3, max_grad_norm=1.0, ledger=False)
+    shift = {"mean": torch.zeros(8)}  # the name of a buffer, too
+
+    def loss(module, batch):
+        return F.cross_entropy(module.net(batch[0] - shift["mean"]), batch[1])
+
+    def passes(after, seed=0):
+        loader = DataLoader(data(ROWS * 4, seed=seed), 12)
+        run = make_private(model, optimizer, loader, loss=loss, epochs=4, privacy=privacy)
+        with run as private:
+            for _ in range(2):
+                for batch in itertools.islice(private.loader, 3):
+                    private.step(batch)
+                after(batch)
+            return private.steps
+
+    assert passes(lambda batch: None) == 6
+    with pytest.raises(PrivacyError, match="changed between two steps, and goes into"):
+        passes(lambda batch: shift.update(mean=batch[0].mean(0)), seed=1)
+
+
+def test_a_hook_of_the_optimizer_that_comes_later_runs_before_the_guard():
+    model = Net()
+    optimizer = torch.optim.SGD(model.net.parameters(), lr=0.1)
+    privacy = Privacy(noise_multiplier=1.0, delta=1e-3, max_grad_norm=1.0, ledger=False)
+    run = make_private(
+        model,
+        optimizer,
+        DataLoader(data(ROWS), 12),
+        loss=lambda m, b: F.cross_entropy(m.net(b[0]), b[1]),
+        epochs=1,
+        privacy=privacy,
+    )
+
+    def adds(*_):
+        model.net.weight.grad.add_(1.0)
+
+    with run as private:
+        optimizer.register_step_pre_hook(adds)
+        with pytest.raises(PrivacyError, match="one that was changed after the noise was added"):
+            private.step(next(iter(private.loader)))
+
+
+def test_a_view_of_weights_that_train_is_none_of_what_is_kept():
+    """For a live plot, say; it changes with each step."""
+
+    def plot(model, batch):
+        model.plotted = model.net.weight.detach().numpy()[1:]
+
+    assert loop(plot, lambda m, b: F.cross_entropy(m.net(b[0]), b[1])) == 4
+
+
+def test_of_what_is_kept_all_is_looked_at():
+    bank = torch.zeros(2**18 + 8)
+
+    def loss(module, batch):
+        return F.cross_entropy(module.net(batch[0] - bank[-8:]), batch[1])
+
+    def between(model, batch):
+        bank[-8:] = batch[0].mean(0)
+
+    with pytest.raises(PrivacyError, match="changed between two steps, and goes into"):
+        loop(between, loss)

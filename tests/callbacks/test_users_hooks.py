@@ -427,3 +427,60 @@ def test_gradients_that_are_read_too_early_are_explained():
         fitted(AfterBackward())
     assert "in on_before_optimizer_step" in error.value.__notes__[0]
     fitted(BeforeStep())
+
+
+def normalized(loss):
+    loss.div_(loss.detach().clone())
+
+
+def flooded(loss):
+    loss.sub_(0.5).abs_().add_(0.5)
+
+
+def hooked(loss):
+    loss.register_hook(lambda gradient: gradient * 2)
+
+
+class BeforeBackward(pl.Callback):
+    def __init__(self, change):
+        self.change, self.seen = change, []
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.seen.append(float(loss.detach()))
+        self.change(loss)
+
+
+@pytest.mark.parametrize("change", [normalized, flooded, hooked])
+def test_a_loss_that_is_changed_before_the_backward_is_refused(change):
+    """It scales the gradient of each record by all the others."""
+    with pytest.raises(PrivacyError, match="one that `on_before_backward` changed"):
+        fitted(Net(), BeforeBackward(change))
+
+
+def test_a_loss_that_is_looked_at_before_the_backward_trains():
+    fitted(Net(), BeforeBackward(lambda loss: None))
+
+
+class Unpicklable:
+    """A scheduler's part that cannot be copied."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError("no copy of me")
+
+
+class Decays(Net):
+    """Moves the learning rate by hand."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=1.0)
+        scheduler.part = Unpicklable()
+        return [optimizer], [scheduler]
+
+    def on_train_epoch_end(self):
+        self.optimizers().param_groups[0]["lr"] *= 0.5
+
+
+def test_where_optimizers_cannot_be_copied_no_hook_is_tried_on_the_fits_own():
+    fit = fitted(Decays())
+    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)

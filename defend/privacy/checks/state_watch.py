@@ -17,7 +17,9 @@ from torch.utils.data import Dataset
 from defend.batching.digest import sum_of_bits
 from defend.privacy.mechanism.generators import is_users, names_in, objects_in
 
-_MOST_NUMBERS = 2**18  # of a tensor that are looked at: a part of larger ones, each time another
+# Of a buffer or a frozen weight: of larger ones a part, each time another. What else is kept is
+# looked at rarely, and whole.
+_MOST_NUMBERS = 2**18
 _MOST_ITEMS = 1_000
 _ATTRIBUTES = ""  # stands among the names of what has attributes
 
@@ -78,6 +80,12 @@ class StateWatch:
             self.inside |= {*changed, *(key[1] for key, _ in found)}
             self._kept_before = None
         return changed
+
+    def deepen(self) -> None:
+        """Between two steps: from here on all that the user's code keeps is looked at."""
+        if self._published is not None and self._kept is None:
+            self.pause()
+            self.note(deep=True)
 
     def pause(self) -> None:
         """What changes from here to `go_on` is no concern."""
@@ -206,7 +214,8 @@ def _kept_by(owner: Any) -> Iterator[tuple[Key, Any, Any]]:
                 key = f"{prefix}{name} of {len(part)}"
                 yield (id(owner), key), hash(tuple(map(_plain, contents))), part
             if number is not None or attributes:
-                yield (id(owner), f"{prefix}{name}{f'[{place}]' if place else ''}"), number, part
+                label = f"{prefix}{name}" if attributes else f"[{name!r}]"  # no name of a buffer
+                yield (id(owner), f"{label}{f'[{place}]' if place else ''}"), number, part
 
 
 _OPEN = nn.Module, Dataset, types.SimpleNamespace  # users write to those of libraries, too
@@ -232,9 +241,12 @@ def _numbers_of(value: Any) -> list[Numbers]:
 
 def _place(value: Numbers) -> int:
     """Where its memory is; itself where nobody knows."""
-    if isinstance(value, Tensor):
-        with contextlib.suppress(RuntimeError):  # of a sparse one
+    with contextlib.suppress(RuntimeError):  # of a sparse tensor
+        if isinstance(value, Tensor):
             return value.untyped_storage().data_ptr()
+        while isinstance(value.base, np.ndarray):
+            value = value.base
+        return int(value.__array_interface__["data"][0])
     return id(value)
 
 
@@ -288,17 +300,19 @@ def _differ(one: Any, other: Any) -> bool:
 
 
 @torch.no_grad()
-def _bits(tensor: Tensor, part: float = 0.0) -> Tensor:
+def _bits(tensor: Tensor, part: float | None = None) -> Tensor:
     """`sum_of_bits` of any tensor.
 
     Args:
         tensor: of any kind.
-        part: where to look at a tensor that is large, in [0, 1).
+        part: where to look at a tensor that is large, in [0, 1); None for all of it.
     """
     odd = tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized
     if odd or type(tensor) not in (Tensor, nn.Parameter):
         return torch.tensor(tensor._version)
     tensor = tensor.detach()
     flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
-    start = int(part * max(len(flat) - _MOST_NUMBERS, 0))
-    return sum_of_bits(flat[start : start + _MOST_NUMBERS].contiguous())
+    if part is not None:
+        start = int(part * max(len(flat) - _MOST_NUMBERS, 0))
+        flat = flat[start : start + _MOST_NUMBERS]
+    return sum_of_bits(flat.contiguous())

@@ -75,6 +75,7 @@ def start(generator: Generator, words: np.ndarray | None = None) -> None:
         if isinstance(generator, torch.Generator):
             _start_torch(generator, words)
         elif isinstance(generator, Random):
+            _refuse_other_cores(generator)
             Random.seed(generator, int.from_bytes(words.tobytes(), "little"))
         else:
             _start_numpy(generator, words)
@@ -93,11 +94,18 @@ def _start_torch(generator: torch.Generator, words: np.ndarray) -> None:
         generator.manual_seed(int(words[:2].view(np.uint64)[0]))
 
 
+def _refuse_other_cores(generator: Random) -> None:
+    """A subclass may draw from elsewhere; then a seed of Python's own core says nothing."""
+    for name in ("random", "getrandbits"):
+        if getattr(type(generator), name) is not getattr(Random, name):
+            raise TypeError(f"a `{name}` of its own")
+
+
 def _start_numpy(generator: Any, words: np.ndarray) -> None:
     legacy = isinstance(generator, RandomState)
     bits = generator._bit_generator if legacy else _bits_of(generator)
     if legacy and isinstance(bits, np.random.MT19937):
-        generator.seed(words)  # a fifth of the time that setting its state takes
+        RandomState.seed(generator, words)  # a fifth of the time that setting its state takes
         return
     fresh = type(bits)(np.random.SeedSequence(words[:_SEED].tolist(), pool_size=_SEED)).state
     if legacy:  # it keeps a normal number for the next call
@@ -199,11 +207,12 @@ def objects_in(
 
 def is_users(kind: Any) -> bool:
     """Whether a class or function is the user's, not Python's or an installed package's."""
-    return _is_users_module(kind.__module__ or "")
+    return is_users_module(kind.__module__ or "")
 
 
 @functools.cache
-def _is_users_module(name: str) -> bool:
+def is_users_module(name: str) -> bool:
+    """Whether a module is the user's, by its name."""
     file = getattr(sys.modules.get(name), "__file__", None) or ""
     installed = "site-packages" in file or "dist-packages" in file
     return not installed and name.partition(".")[0] not in _LIBRARIES

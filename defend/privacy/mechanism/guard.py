@@ -82,6 +82,9 @@ class StepGuard:
     def note_release(self) -> None:
         """The gradients in every `p.grad` are released: one step may be taken on them."""
         self.holds_release = True
+        # Hooks that were added since run before ours.
+        hooks = self._optimizer._optimizer_step_pre_hooks
+        hooks.move_to_end(self._hooks[0].id)  # type: ignore[attr-defined]
         self._mark = ReleaseMark(self._parameters)
 
     def remove(self) -> None:

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-_SAMPLED = 2**12  # numbers of each parameter
-_ROUNDING = 1e-3
+_SUMS = 2**12  # of each parameter
 
 
 class ReleaseMark:
-    """Remembers norms and a part of the gradients that were released.
+    """Remembers sums over the gradients that were released, in which every number takes part.
 
     What is done to them afterwards is free as long as it knows nothing but them. A multiple of the
     whole, with the gradients of some parameters left out, is taken for that (clipping once more,
-    freezing); nobody can tell it of anything else.
+    freezing); nobody can tell it of anything else. Sums of a multiple are the multiple of the sums,
+    but for rounding; what was added shows in them, unless it adds up to nothing in each.
 
     Args:
         parameters: with the released gradient in every `p.grad`.
@@ -22,34 +22,36 @@ class ReleaseMark:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = parameters
-        self._norms, self._parts = self._now()
+        self._sums = self._now()
 
     def is_kept(self) -> bool:
         """Whether the gradients are c ≥ 0 times the released ones by now, some perhaps zero."""
-        norms, parts = self._now()
-        if torch.equal(norms, self._norms) and torch.equal(parts, self._parts):
+        pairs = list(zip(self._now(), self._sums, strict=True))
+        if all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs):
             return True
-        alive = norms > 0
-        factors = alive * norms.norm() / self._norms[alive].norm().clamp_min(1e-30)
-        sizes = torch.tensor([len(range(0, p.numel(), _stride(p))) for p in self._parameters])
-        each = factors.repeat_interleave(sizes.to(factors.device))
-        pairs = [(norms, factors * self._norms), (parts, each * self._parts)]
-        return all(
-            torch.allclose(a, b, rtol=_ROUNDING, atol=1e-6 * float(norms.max()), equal_nan=True)
-            for a, b in pairs
-        )
+        alive = [(a, b, p) for (a, b), p in zip(pairs, self._parameters, strict=True) if a.any()]
+        product = sum(float(a @ b) for a, b, _ in alive)
+        factor = product / max(sum(float(b @ b) for _, b, _ in alive), 1e-300)
+        return factor >= 0 and all(_close(a, factor * b, p.dtype) for a, b, p in alive)
 
     @torch.no_grad()
-    def _now(self) -> tuple[Tensor, Tensor]:
-        """The norm of each gradient, and some of its numbers; on one device."""
-        device = self._parameters[0].device
-        norms, parts = [], []
-        for p in self._parameters:
-            gradient = (torch.zeros_like(p) if p.grad is None else p.grad).detach().flatten()
-            norms.append(gradient.norm().double().to(device))
-            parts.append(gradient[:: _stride(p)].double().to(device))
-        return torch.stack(norms), torch.cat(parts)
+    def _now(self) -> list[Tensor]:
+        return [_sums(torch.zeros_like(p) if p.grad is None else p.grad) for p in self._parameters]
 
 
-def _stride(parameter: Tensor) -> int:
-    return max(-(-parameter.numel() // _SAMPLED), 1)
+def _sums(gradient: Tensor) -> Tensor:
+    """Sums over every 4096th number, in float64; of a small one its numbers."""
+    flat = gradient.detach().flatten()
+    if len(flat) <= _SUMS:
+        return flat.double()
+    whole = len(flat) // _SUMS * _SUMS
+    sums = flat[:whole].view(-1, _SUMS).sum(0, dtype=torch.float64)
+    sums[: len(flat) - whole] += flat[whole:]
+    return sums
+
+
+def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Equal but for the rounding of each number, once or twice."""
+    slack = max(8 * torch.finfo(dtype).eps, 1e-9)
+    size = float(expected.square().mean().sqrt())
+    return bool(((found - expected).abs() <= slack * (expected.abs() + size)).all())

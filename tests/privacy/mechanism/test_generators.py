@@ -92,6 +92,30 @@ class Stuck(np.random.PCG64):
         raise TypeError("read only")
 
 
+class OwnSeed(np.random.RandomState):
+    def seed(self, seed=None):
+        raise AssertionError("the user's method")
+
+
+def test_starts_by_the_generators_own_seed_whatever_a_subclass_makes_of_it():
+    generator = OwnSeed()
+    start(generator, secret_words())
+
+
+class OwnCore(random.Random):
+    """Python's documentation tells how to do so; a seed of its base does nothing then."""
+
+    def random(self):
+        return 0.5
+
+
+def test_refuses_a_generator_that_draws_from_elsewhere():
+    with pytest.raises(
+        PrivacyError, match=r"that can be started anew, got .*a `random` of its own"
+    ):
+        start(OwnCore())
+
+
 def test_refuses_what_cannot_be_started():
     with pytest.raises(PrivacyError, match=r"that can be started anew, got .*read only"):
         start(Stuck(0))

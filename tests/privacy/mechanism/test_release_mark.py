@@ -60,6 +60,34 @@ CHANGED = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_little_that_is_added_to_a_large_one_shows(dtype):
+    """As a raw mean gradient would be, beside the noise of 3 million weights; any number may be it.
+
+    A multiple passes, with the rounding of half precision too.
+    """
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(4096, 784, dtype=dtype))
+    noise = torch.randn(p.shape, dtype=torch.float64) / 256
+    p.grad = noise.to(dtype)
+    mark = ReleaseMark([p])
+    p.grad = p.grad * 0.37
+    assert mark.is_kept()
+    raw = torch.zeros_like(noise)
+    raw[:, 5:] = torch.randn(4096, 1, dtype=torch.float64) @ torch.rand(1, 779, dtype=torch.float64)
+    raw *= 0.02 * noise.norm() / raw.norm()
+    p.grad = (p.grad.double() + raw).to(dtype)
+    assert not mark.is_kept()
+
+
+def test_what_is_no_number_is_no_multiple():
+    some = parameters()
+    mark = ReleaseMark(some)
+    some[0].grad[0, 0] = torch.nan
+    assert not mark.is_kept()
+    assert ReleaseMark(some).is_kept()
+
+
 @pytest.mark.parametrize("name", [*KEPT, *CHANGED])
 def test_a_multiple_is_told_from_all_else(name):
     some = parameters()
