@@ -1,5 +1,6 @@
 # Two commands: `make demo` and `make test`. Both set up .venv on their own.
-# `make matrix` runs every cell of docs/matrix.md, and writes it; it goes on where it was stopped.
+# `make matrix` runs every cell of docs/matrix.md and every set-up of docs/zoo.md, and writes both;
+# it goes on where it was stopped.
 # `make gpu` measures on a GPU with what is installed: the Python of .venv, else $(PYTHON).
 PYTHON ?= python3
 # Processes that run tests side by side.
@@ -26,6 +27,7 @@ pytest: $(VENV)/.dev
 
 matrix: $(VENV)/.dev
 	$(BIN)/python -m tests.contracts.matrix
+	$(BIN)/python -m tests.zoo
 
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu --minutes 9

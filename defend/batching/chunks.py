@@ -107,6 +107,30 @@ def count_rows(batch: Any) -> int | None:
     return next((n for n in map(count_rows, values) if n is not None), None)
 
 
+def holds_rows(batch: Any, rows: int) -> int | None:
+    """Rows of a batch that is to have so many: also lists of one object a record count.
+
+    Args:
+        batch: in any container.
+        rows: how many are expected.
+
+    Returns:
+        `rows`, or what was found instead; None if nothing in it has rows.
+    """
+    if isinstance(batch, Mapping):
+        parts = list(batch.values())
+    elif isinstance(batch, list | tuple):
+        parts = list(batch)
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        parts = [getattr(batch, f.name) for f in dataclasses.fields(batch)]
+    else:
+        return count_rows(batch)
+    found = [n for n in (holds_rows(part, rows) for part in parts) if n is not None]
+    if rows in found or (isinstance(batch, list | tuple) and len(batch) == rows):
+        return rows  # beside it may stand what is not by rows: ids of all bags, edges of graphs
+    return found[0] if found else None
+
+
 def _rebuild_mapping(batch: Mapping, values: dict) -> Any:
     if isinstance(batch, dict) and type(batch) is not dict:
         copy = batch.copy()

@@ -51,6 +51,7 @@ def leaves(batch: Any) -> Iterator[Any]:
 @torch.no_grad()
 def sum_of_bits(tensor: Tensor) -> Tensor:
     """The sum of the bits of a tensor's real values: any single one that changes, changes it."""
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return tensor.view(_KINDS[tensor.element_size()]).sum()
 
 

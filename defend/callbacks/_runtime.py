@@ -13,6 +13,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from defend.batching.records import RecordBatches
 from defend.callbacks._hooks import UsersHooks, users_callbacks
 from defend.training.outputs import without_graph
 from defend.training.runtime import Context
@@ -88,15 +89,21 @@ class TrainerRuntime:
         self.hooks.restart(module)
         self._output = None
 
+    def to_device(self, batch: Any) -> Any:
+        return _transferred(self._trainer, batch)
+
     def prepare_on(self, module: nn.Module, batch: Any) -> Any:
         """A batch on the device, through all batch hooks, on a copy of the module."""
         with self._at_work(module) as copy:
-            strategy = copy.trainer.strategy
-            batch = strategy.precision_plugin.convert_input(batch)
-            batch = copy._on_before_batch_transfer(batch)
-            batch = strategy.batch_to_device(batch)
+            batch = copy.trainer.strategy.precision_plugin.convert_input(batch)
+            if not isinstance(batch, RecordBatches):
+                batch = _transferred(copy.trainer, batch)
             self.hooks.run_before(module, batch)
         return batch
+
+    def transfer_on(self, module: nn.Module, batch: Any) -> Any:
+        with self._at_work(module) as copy:
+            return _transferred(copy.trainer, batch)
 
     def finish_on(self, module: nn.Module, batch: Any) -> None:
         """The hooks after the step that was taken on a copy of the module last."""
@@ -152,6 +159,12 @@ class TrainerRuntime:
         parts = [trainer, getattr(trainer, "datamodule", None), *trainer.loggers]
         parts += trainer.callbacks  # type: ignore[attr-defined]
         return [part for part in parts if part is not None]
+
+
+def _transferred(trainer: pl.Trainer, batch: Any) -> Any:
+    """A batch on the device, after the hooks before and after the transfer."""
+    batch = trainer.lightning_module._on_before_batch_transfer(batch)
+    return trainer.strategy.batch_to_device(batch)
 
 
 def epochs_trained(trainer: pl.Trainer) -> float:

@@ -13,11 +13,14 @@ A fourth one is for metrics: what `self.log` hands to the training loop's result
 import contextlib
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
 
+from defend.batching.records import RecordBatches
+from defend.callbacks._record_logs import RecordLogs
 from defend.callbacks._runtime import TrainerRuntime
 from defend.training.adversarial import AdversarialSteps
 from defend.training.private import PrivateFit
@@ -82,6 +85,7 @@ class PatchedStrategy:
         self.adversary: AdversaryHooks | None = None
         self.privacy: PrivacyHooks | None = None
         self._log: Callable[..., None]
+        self._records: RecordLogs | None = None  # where each record has a batch of its own
         self._training_step = trainer.strategy.training_step
         self._backward = trainer.strategy.backward
         self._process_dataloader = trainer.strategy.process_dataloader
@@ -108,6 +112,16 @@ class PatchedStrategy:
         results.log = patched.log
         return patched
 
+    def isolate_records(self) -> None:
+        """Each record has a batch of its own: the step transfers them, one by one."""
+        module: Any = self.trainer.lightning_module
+        for name, stands_in in _TRANSFERS.items():
+            setattr(module, name, MethodType(stands_in, module))
+        self._records = RecordLogs(self._log)
+        fetcher = self.trainer.fit_loop._data_fetcher
+        if fetcher is not None:  # it has batches of the other kind, perhaps
+            iter(fetcher)
+
     @staticmethod
     def unwrap(trainer: pl.Trainer) -> None:
         """Leave the strategy as it was. Safe to call twice."""
@@ -121,6 +135,10 @@ class PatchedStrategy:
         for owner, name in places:
             if isinstance(getattr(vars(owner).get(name), "__self__", None), PatchedStrategy):
                 delattr(owner, name)
+        module = trainer.lightning_module
+        for name, stands_in in _TRANSFERS.items():
+            if getattr(vars(module).get(name), "__func__", None) is stands_in:
+                delattr(module, name)
 
     def _private_backward(self, privacy: PrivacyHooks, loss: torch.Tensor, optimizer: Any) -> None:
         with privacy.around_backward(loss):
@@ -148,7 +166,10 @@ class PatchedStrategy:
         if self.privacy is None:
             return step.loss(batch)
         self.privacy.note_batch(batch)
-        return step.gradient(batch, self.privacy.fit)
+        output = step.gradient(batch, self.privacy.fit)
+        if self._records is not None:
+            self._records.flush()
+        return output
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Stands in for `strategy.backward`."""
@@ -166,7 +187,8 @@ class PatchedStrategy:
     def log(self, fx: str, name: str, *args: Any, **kwargs: Any) -> None:
         """Stands in for the training results' `log`."""
         if self.privacy is None or self.privacy.keeps_metric(name):
-            self._log(fx, name, *args, **kwargs)
+            log = self._log if self._records is None else self._records.log
+            log(fx, name, *args, **kwargs)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Stands in for `strategy.process_dataloader`."""
@@ -181,5 +203,24 @@ class PatchedStrategy:
         results = self.trainer._results
         if self.privacy is not None and results is not None:
             # Epoch means of `self.log` weigh each value by the rows it was computed from.
-            results.batch, results.batch_size = batch, None
+            results.batch, results.batch_size = batch, None if self._records is None else 1
         return self._training_step(batch, *args, **kwargs)
+
+
+def _before_transfer(self: pl.LightningModule, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(batch, RecordBatches):
+        return batch
+    return type(self)._on_before_batch_transfer(self, batch, *args, **kwargs)
+
+
+def _transfer(self: pl.LightningModule, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(batch, RecordBatches):
+        return batch
+    return type(self)._apply_batch_transfer_handler(self, batch, *args, **kwargs)
+
+
+# Methods of a module that stand in, on the instance, for those of its class; a copy has its own.
+_TRANSFERS = {
+    "_on_before_batch_transfer": _before_transfer,
+    "_apply_batch_transfer_handler": _transfer,
+}

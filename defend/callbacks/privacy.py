@@ -91,6 +91,12 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
         ledger: a path; None: `privacy_ledgers/` under the Trainer's `default_root_dir`, under a
             name that checkpoints know; False: none, so ε holds only what checkpoints know.
         selftest: False leaves the self-test out; you then answer for the step yourself.
+        engine: "hooks" takes the gradients of all records of a chunk from one backward; "record"
+            runs the step on each record alone, in a batch of its own, which is right for any layer,
+            relies least on the self-test, and costs a forward and backward a record. What the
+            records of a batch do to each other in the loss falls away there. "auto" is "hooks",
+            and "record" for a module whose rows cannot be told apart; a loss that couples records
+            is refused then, not taken apart. A log line says so.
         secure_noise: noise and sampling from ChaCha20 with Gaussians guarded against floating-point
             attacks; slower, and needs the extra `secure`.
         release: "tag" names un-noised training metrics (a logged loss) as such in the run;
@@ -119,6 +125,7 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
         clip_schedule: Schedule | None = None,
         ledger: str | Path | bool | None = None,
         selftest: bool = True,
+        engine: str = "auto",
         secure_noise: bool = False,
         release: str = "tag",
         insecure_seed: int | None = None,
@@ -216,7 +223,8 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
                 module=pl_module,
                 optimizers=tuple(trainer.optimizers),
                 world_size=trainer.world_size,
-            )
+            ),
+            engine=self._training.settings.engine,
         )
         if self._data is None:
             raise PrivacyError(
@@ -227,10 +235,13 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
         self._refuse_unknown_steps(trainer)
         patched = PatchedStrategy.of(trainer)
         adversary = patched.adversary
+        dry_run = self._tried_out(patched, self._data, pl_module)
+        if self._data.isolated:
+            patched.isolate_records()
         self._fit = self._training.open(
             trainer.optimizers[0],
             self._data,
-            self._tried_out(patched, self._data, pl_module),
+            dry_run,
             planned=planned,
             done=trainer.global_step if self._resumed_at is None else self._resumed_at,
             ddp=trainer.strategy.model,

@@ -96,6 +96,14 @@ class AdversarialSteps:
             )
         return x, y
 
+    def converted(self, batch: Any, convert: Callable[[Tensor], Tensor]) -> tuple[Any, Tensor]:
+        """The batch with its inputs in the precision that the model takes, and these inputs."""
+        x, _ = self.inputs_of(batch)
+        taken = convert(x)
+        if taken is not x:
+            batch = with_field(batch, self.settings.input_key, taken)
+        return batch, taken
+
     def attacked(
         self,
         module: nn.Module,

@@ -109,7 +109,7 @@ class AdversarialLoop:
                 "`backward`."
             )
         runtime.batches += 1
-        batch, x = self._step.converted(runtime.to_device(batch), steps)
+        batch, x = steps.converted(runtime.to_device(batch), runtime.convert)
         if generator is None:
             generator = runtime.generator(x.device)
         with runtime.autocast():

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from defend.batching.chunks import count_rows, even_bounds, slice_rows
+from defend.batching.chunks import even_bounds, holds_rows, slice_rows
+from defend.batching.records import RecordBatches
 from defend.errors import PrivacyError
 from defend.privacy.mechanism.sampling import Drawn
 from defend.privacy.mechanism.step import PrivateStep
@@ -33,7 +34,8 @@ def chunks_of(batch: Any, drawn: Drawn, step: PrivateStep, data: PrivateData) ->
     """
     start = 0
     while start < drawn.slots:
-        chunk = Chunk(batch, drawn, (start, _next_stop(start, drawn, data)), step, data)
+        stop = start + 1 if data.isolated else _next_stop(start, drawn, data)
+        chunk = Chunk(batch, drawn, (start, stop), step, data)
         yield chunk
         if chunk.did_not_fit is None:
             start += chunk.records
@@ -63,7 +65,9 @@ class Chunk:
         views, self.records = data.views, stop - start
         self.rows = self.records * views
         self.batch = batch
-        if self.records < drawn.slots:
+        if isinstance(batch, RecordBatches):
+            self.batch = batch[start]
+        elif self.records < drawn.slots:
             self.batch = slice_rows(batch, start * views, stop * views, drawn.slots * views)
         self.did_not_fit: str | None = None
         counted = min(max(drawn.records - start, 0), self.records)  # the rest is padding
@@ -105,7 +109,10 @@ def drawn_as(batch: Any, data: PrivateData) -> Drawn:
             "the loader was replaced during the fit, or a batch was used twice. Leave both "
             "to the training loop."
         )
-    drawn, rows = sampler.drawn.popleft(), count_rows(batch)
+    drawn = sampler.drawn.popleft()
+    rows = holds_rows(batch, drawn.slots * views)
+    if data.isolated:
+        rows = len(batch) * views if isinstance(batch, RecordBatches) else None
     if rows is None or rows != drawn.slots * views:
         raise PrivacyError(
             f"Expected {drawn.slots * views} rows, {'one' if views == 1 else views} for "

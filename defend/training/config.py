@@ -16,6 +16,8 @@ from defend.privacy.mechanism.clipping import Clipping, FlatClipping, check_clip
 from defend.privacy.mechanism.randomness import Randomness
 from defend.privacy.mechanism.schedules import Schedule
 
+ENGINES = ("auto", "hooks", "record")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
@@ -42,6 +44,7 @@ class Privacy(Execution):
 
     delta: float
     max_grad_norm: float
+    engine: str = "auto"
     target_epsilon: float | None = None
     noise_multiplier: float | None = None
     accountant: str = "prv"
@@ -61,6 +64,8 @@ class Privacy(Execution):
             raise InputError(
                 f"Expected `max_grad_norm` to be > 0 and finite, got {self.max_grad_norm}."
             )
+        if self.engine not in ENGINES:
+            raise InputError(f"Expected `engine` to be one of {ENGINES}, got {self.engine!r}.")
         check_clipping(self.clipping)
         if not isinstance(self.views, int) or isinstance(self.views, bool) or self.views < 1:
             raise InputError(

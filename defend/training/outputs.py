@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from defend.errors import PrivacyError
@@ -21,6 +22,19 @@ def loss_of(output: Any) -> Tensor:
             "a batch because of one record would reveal that record."
         )
     return loss
+
+
+def mean_of(outputs: list[Any]) -> Any:
+    """What the step returned for one record after another: the last output, with the mean loss.
+
+    Args:
+        outputs: detached; those of records that it skipped are None.
+    """
+    given = [output for output in outputs if output is not None]
+    if not given:
+        return torch.zeros(())
+    loss = torch.stack([loss_of(output).sum() for output in given]).sum() / len(outputs)
+    return {**given[-1], "loss": loss} if isinstance(given[-1], Mapping) else loss
 
 
 def with_penalty(output: Any, penalty: Tensor) -> Any:

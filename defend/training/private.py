@@ -1,5 +1,8 @@
 """DP-SGD over the fits of one model: what outlives a fit, and one fit from its start to its end."""
 
+import contextlib
+import copy
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -11,12 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from defend.batching.memory import rows_that_fit
-from defend.errors import DefendError, PrivacyError
+from defend.errors import DefendError, IndistinctRowsError, PrivacyError
 from defend.privacy.accounting.budget import Budget
 from defend.privacy.checks.dry_run import DryRun
+from defend.privacy.checks.preconditions import Setup, hidden_rows
 from defend.privacy.checks.selftest import RECORDS, SelfTest
 from defend.privacy.checks.state_watch import Key
 from defend.privacy.checks.step_under_test import StepUnderTest
+from defend.privacy.gradients.layers import trainable_layers
+from defend.privacy.gradients.one_record import OneRecord
+from defend.privacy.gradients.per_record import PerRecordGradients
 from defend.privacy.mechanism.clipping import checked_noise
 from defend.privacy.mechanism.schedules import factor
 from defend.privacy.mechanism.shard import Shard
@@ -31,6 +38,7 @@ ADJACENCY = "add or remove one record"
 SAMPLING = "Poisson"
 
 _MAX_RECORDS_IN_SELFTEST = 64  # in its largest batch
+_log = logging.getLogger("defend")
 
 
 class PrivateTraining:
@@ -52,6 +60,7 @@ class PrivateTraining:
         max_grad_norm: C; where it is learned or scheduled, that of the last step.
         selftest: what the self-test of the last fit found.
         records: size of the last fit's data set; None before the first.
+        engine: that of the last fit, "hooks" or "record"; before the first what was asked for.
     """
 
     def __init__(self, settings: Privacy, default_ledger: Path | None = None) -> None:
@@ -60,6 +69,7 @@ class PrivateTraining:
         self.max_grad_norm = settings.max_grad_norm
         self.selftest: SelfTest | None = None
         self.records: int | None = None
+        self.engine = settings.engine
 
     @property
     def budget(self) -> Budget:
@@ -89,14 +99,62 @@ class PrivateTraining:
         Raises:
             PrivacyError: with everything that was found.
         """
-        settings, views = self.settings, data.views
         dry_run = DryRun(module, data.original.dataset, step, max_grad_norm=self.max_grad_norm)
+        try:
+            self._choose_engine(dry_run, data)
+            self._prepare(dry_run, data, hooks_to_come=hooks_to_come)
+        except IndistinctRowsError as error:
+            if self.settings.engine != "auto":
+                raise
+            self._isolate(dry_run, data)
+            try:
+                self._prepare(dry_run, data, hooks_to_come=hooks_to_come)
+            except PrivacyError as second:
+                second.add_note(f"One record at a time was tried. Why: {error.args[0]}")
+                raise
+            _tell(error.args[0])
+        return dry_run
+
+    def _choose_engine(self, dry_run: DryRun, data: PrivateData) -> None:
+        """One record at a time where that was asked for.
+
+        Raises:
+            IndistinctRowsError: where the set-up shows that otherwise rows cannot be told apart.
+        """
+        self.engine = "hooks"
+        if self.settings.engine == "record":
+            self._isolate(dry_run, data)
+            return
+        facts = Setup(module=dry_run.module, world_size=data.processes.world_size)
+        hidden = hidden_rows(facts)
+        if hidden is not None:
+            raise IndistinctRowsError(hidden)
+        trainable_layers(dry_run.module)
+
+    def _isolate(self, dry_run: DryRun, data: PrivateData) -> None:
+        self.engine = "record"
+        data.isolate()
+        dry_run.isolate(may_couple=self.settings.engine == "record")
+
+    def _runs_alone(self, dry_run: DryRun) -> bool:
+        """Whether a step that failed under the hooks of the layers runs without them."""
+        if self.settings.engine != "auto" or dry_run.step.isolated:
+            return False
+        alone = copy.copy(dry_run)
+        alone.isolate(may_couple=False)
+        with contextlib.suppress(Exception):
+            return alone.selftest() is not None
+        return False
+
+    def _prepare(self, dry_run: DryRun, data: PrivateData, *, hooks_to_come: bool) -> None:
+        """Chunk size and self-test."""
+        settings, views, module = self.settings, data.views, dry_run.module
         on_gpu = next(module.parameters()).device.type == "cuda"
-        if on_gpu and settings.chunk_size == "auto":
+        if on_gpu and settings.chunk_size == "auto" and not data.isolated:
             most = 2 * data.ordinary_rows
             rows = rows_that_fit(dry_run.peak_bytes, dry_run.free_bytes(), most=most)
             data.sampler.chunk_size = data.processes.broadcast(rows)
-        if views > 1 and step.attack is None and dry_run.views_are_alike():
+        if views > 1 and dry_run.step.attack is None and dry_run.views_are_alike():
             warnings.warn(
                 f"views={views} asks the data set for each record {views} times, and it gave the "
                 "same each time. Augment in the data set or in a batch hook, or leave `views` out.",
@@ -112,13 +170,17 @@ class PrivateTraining:
                 self.selftest = dry_run.selftest(most)
             except DefendError:
                 raise
-            except Exception:
+            except Exception as error:
+                if self._runs_alone(dry_run):
+                    raise IndistinctRowsError(
+                        "Expected a step that runs while hooks watch its layers, got "
+                        f"{type(error).__name__} with them, and none without."
+                    ) from error
                 if not hooks_to_come:
                     raise
                 dry_run.pending = True  # it may need what they set up
             if self.selftest is not None:
                 self.selftest.require()
-        return dry_run
 
     def open(
         self,
@@ -172,6 +234,7 @@ class PrivateTraining:
                     loss_reduction="sum",
                     keep_release=keep_release,
                     shard=Shard(processes.rank, processes.world_size),
+                    engine=OneRecord if data.isolated else PerRecordGradients,
                 ),
                 randomness=data.randomness,
                 charge=account.charge,
@@ -205,6 +268,7 @@ class PrivateTraining:
             "max_grad_norm": settings.max_grad_norm,
             "clipping": repr(settings.clipping),
             "views": settings.views,
+            "engine": self.engine,
             "sample_rate": self.budget.sample_rate,
             "records": self.records,
             "accountant": settings.accountant,
@@ -241,6 +305,7 @@ class PrivateFit:
         self.data, self.account, self.step = data, account, step
         self._training, self._dry_run, self._stack = training, dry_run, stack
         self.watch = dry_run.watch()
+        self._isolation = dry_run.isolation() if data.isolated else None
         self._tried: set[str] = set()  # what the step writes to, and was tried out doing so
         self._unread: set[Key] = set()  # what was written to between steps, and is not used
         self._looks = Looks(data.coin, alone=data.processes.world_size == 1)
@@ -271,7 +336,11 @@ class PrivateFit:
             training.max_grad_norm = training.settings.max_grad_norm * at
         step.max_grad_norm = training.max_grad_norm
         step.begin()
+        if self._isolation is not None:
+            self._isolation.begin()
         for chunk in chunks_of(batch, drawn, step, self.data):
+            if self._isolation is not None:
+                self._isolation.next_record()
             self.renew_randomness()  # an attack, or the chunk before, may have seeded
             yield chunk
         self._note_state()
@@ -371,6 +440,15 @@ def _let_ranks_run_alone(ddp: DistributedDataParallel, stack: ExitStack) -> None
     for name in ("require_backward_grad_sync", "require_forward_param_sync"):
         setattr(ddp, name, False)
         stack.callback(setattr, ddp, name, True)
+
+
+def _tell(reason: str) -> None:
+    """Why training is slow: one line."""
+    _log.warning(
+        "defend takes one record at a time (engine='record'), which costs a forward and backward "
+        "for each. Why: %s.",
+        reason.partition(". ")[0].rstrip("."),
+    )
 
 
 def _verdict(asked: bool, found: SelfTest | None) -> str:

@@ -3,12 +3,14 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from defend.batching.records import RecordCollate
 from defend.errors import PrivacyError
 from defend.privacy.accounting.fingerprint import data_digest
 from defend.privacy.checks.preconditions import Setup, check
@@ -36,6 +38,7 @@ class PrivateData:
         loader: the one that trains.
         sampler: draws its batches.
         randomness: the secret root of the fit.
+        isolated: whether each record has a batch of its own.
         released: the last released gradient, by parameter name; empty before the first, or where
             nobody asked to keep it.
 
@@ -72,6 +75,19 @@ class PrivateData:
             shard=Shard(processes.rank, processes.world_size),
         )
         self.loader: DataLoader = poisson_loader(loader, self.sampler)
+        self.isolated = False
+
+    def isolate(self) -> None:
+        """Each record of a batch is put together alone, under secret numbers of its own.
+
+        Whoever iterates over the loader already has to begin anew.
+        """
+        if not self.isolated:
+            renew = partial(_renew, self.sampler)
+            self.loader.collate_fn = RecordCollate(self.loader.collate_fn, self.views, renew)
+            self.loader._iterator = None  # workers that stay have the other function
+            self.sampler.begin_anew(chunk_size=self.views)
+            self.isolated = True
 
     @property
     def chunk_size(self) -> int | None:
@@ -144,6 +160,10 @@ def _shared_randomness(settings: Privacy, processes: Processes) -> Randomness:
         return Randomness(settings.insecure_seed)
     root = processes.broadcast(Randomness().root)
     return Randomness(root=root, secure=settings.secure_noise)
+
+
+def _renew(sampler: PoissonBatchSampler) -> None:
+    sampler.before_batch()
 
 
 def _never() -> bool:

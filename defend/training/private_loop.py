@@ -64,8 +64,8 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
             batch: from `loader`, as it was given; it may have been moved to another device.
 
         Returns:
-            The mean loss over the rows of the last chunk, detached. It is computed from the data
-            without noise: look at it, but do not publish it.
+            The mean loss over the rows of the last chunk, of all where records have a batch each;
+            detached. It is computed from the data without noise: look at it, but do not publish it.
 
         Raises:
             BudgetError: if the step would exceed `target_epsilon`; nothing is released then.
@@ -82,7 +82,8 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
             self._refuse_kept_state(fit)
             optimizer.zero_grad()
             runtime.batches = self._taken + 1
-            loss = step.gradient(runtime.to_device(batch), fit)
+            whole = batch if fit.data.isolated else runtime.to_device(batch)
+            loss = step.gradient(whole, fit)
             fit.release()
             optimizer.step()
         except BaseException:
@@ -209,7 +210,7 @@ def make_private(
     _check(epochs, privacy, adversarial, state)
     runtime = runtime_of(model, loss, fabric)
     inner = getattr(optimizer, "optimizer", optimizer)  # Fabric wraps it
-    check(_facts(runtime, inner, resumed=state is not None))
+    check(_facts(runtime, inner, resumed=state is not None), engine=privacy.engine)
     training, taken = PrivateTraining(privacy, LEDGERS), 0
     if state is not None:
         training.load_state_dict(state["privacy"])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from defend.batching.records import RecordBatches
 from defend.errors import InputError
 from defend.privacy.checks.setup import kind_of_strategy
 from defend.privacy.mechanism.randomness import Randomness
@@ -45,6 +46,9 @@ class Runtime(Protocol):
     def convert(self, x: Tensor) -> Tensor:
         """Inputs in the dtype that the model takes; itself if they are."""
 
+    def to_device(self, batch: Any) -> Any:
+        """A batch where the model is, after the hooks of its transfer."""
+
     def forward(self, batch: Any) -> Any:
         """What the user's own training step returns for a batch: a loss, or what holds it."""
 
@@ -56,6 +60,9 @@ class Runtime(Protocol):
 
     def prepare_on(self, module: nn.Module, batch: Any) -> Any:
         """A batch from the loader as the step gets it, after all hooks; on a copy of the module."""
+
+    def transfer_on(self, module: nn.Module, batch: Any) -> Any:
+        """The batch of one record as the step gets it, where each has one of its own."""
 
     def finish_on(self, module: nn.Module, batch: Any) -> None:
         """What the loop runs after the step on a batch; on a copy of the module."""
@@ -174,6 +181,9 @@ class PlainRuntime:
         """No hooks, so nothing to be done."""
 
     def prepare_on(self, module: nn.Module, batch: Any) -> Any:
+        return batch if isinstance(batch, RecordBatches) else self.to_device(batch)
+
+    def transfer_on(self, module: nn.Module, batch: Any) -> Any:
         return self.to_device(batch)
 
     def finish_on(self, module: nn.Module, batch: Any) -> None:

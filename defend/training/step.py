@@ -21,10 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
-from defend.batching.fields import with_field
+from defend.batching.records import RecordBatches
 from defend.training.adversarial import AdversarialSteps, AttackedBatch
-from defend.training.chunks import Chunk
-from defend.training.outputs import loss_of, with_penalty, without_graph
+from defend.training.outputs import loss_of, mean_of, with_penalty, without_graph
 from defend.training.private import PrivateFit
 from defend.training.private_data import PrivateData
 from defend.training.runtime import Runtime
@@ -50,44 +49,56 @@ class TrainingStep:
 
     def gradient(self, batch: Any, fit: PrivateFit) -> Any:
         """Private: the clipped sum over a logical batch; what the user's step returned last."""
+        if isinstance(batch, RecordBatches):
+            return mean_of(list(self._records(batch, fit)))
         output = None
         if self.adversarial is not None:
             fit.renew_randomness()  # before each forward `chunks` does
         for chunk in fit.chunks(self.attack(batch)):
             with chunk:  # folds at its end; where memory runs out it is taken again in halves
-                output = self._gradient_of(chunk)
+                output = self.forward(chunk.batch)
+                self.backward(loss_of(output) * chunk.rows)  # the sum of the rows' losses
+                output = without_graph(output)
         return output
 
-    def _gradient_of(self, chunk: Chunk) -> Any:
-        output = self.forward(chunk.batch)
-        self.backward(loss_of(output) * chunk.rows)  # the sum of the rows' losses
-        return without_graph(output)
+    def _records(self, batch: RecordBatches, fit: PrivateFit) -> Iterator[Any]:
+        """Record by record: what the user's step returned; None where it skipped one."""
+        starts = None
+        if self.adversarial is not None and self.data is not None:
+            device = next(self.runtime.module.parameters()).device
+            starts = self.data.attack_generator(device)  # goes on from record to record
+        for chunk in fit.chunks(batch):
+            with chunk:
+                record = self.attack(self.runtime.to_device(chunk.batch), starts=starts)
+                output = self.forward(record)
+                # A record that gives no loss tells nothing of others, and adds zero.
+                if output is not None and loss_of(output).requires_grad:
+                    self.backward(loss_of(output) * chunk.rows)
+                elif self.adversarial is not None:
+                    self.adversarial.restore_weights()
+            yield None if output is None else without_graph(output)
 
-    def attack(self, batch: Any, *, number: int | None = None) -> Any:
+    def attack(self, batch: Any, *, number: int | None = None, starts: Any = None) -> Any:
         """The batch, clean and attacked; as it is where nothing is trained against.
 
         Args:
             batch: on the device.
             number: on a copy: attack from other secret numbers, those of this number.
+            starts: a generator that the records of the step draw from in turn.
         """
         if self.adversarial is None:
             return batch
         runtime, data, adversarial = self.runtime, self.data, self.adversarial
-        batch, x = self.converted(batch, adversarial)
+        batch, x = adversarial.converted(batch, runtime.convert)
+        private: dict[str, Any] = {}
+        if data is None:
+            starts = runtime.generator(x.device)
+        else:
+            starts = starts or data.attack_generator(x.device, number=number)
+            private = {"chunk_size": data.chunk_size, "private": True, "views": data.views}
         with runtime.attack_context(x.device):
-            if data is None:
-                generator = runtime.generator(x.device)
-                return adversarial.attacked(
-                    runtime.module, batch, generator=generator, epochs=runtime.epochs()
-                )
             return adversarial.attacked(
-                runtime.module,
-                batch,
-                generator=data.attack_generator(x.device, number=number),
-                epochs=runtime.epochs(),
-                chunk_size=data.chunk_size,
-                private=True,
-                views=data.views,
+                runtime.module, batch, generator=starts, epochs=runtime.epochs(), **private
             )
 
     def forward(self, batch: Any) -> Any:
@@ -96,7 +107,7 @@ class TrainingStep:
         if adversarial is None:
             return runtime.forward(batch)
         if not isinstance(batch, AttackedBatch):  # the self-test tries the step alone, too
-            batch = adversarial.unattacked(self.converted(batch, adversarial)[0])
+            batch = adversarial.unattacked(adversarial.converted(batch, runtime.convert)[0])
         module, precision = runtime.module, runtime.autocast
         try:
             with adversarial.around_forward(
@@ -129,14 +140,6 @@ class TrainingStep:
             self.adversarial.after_backward()
         finally:
             self.adversarial.restore_weights()
-
-    def converted(self, batch: Any, adversarial: AdversarialSteps) -> tuple[Any, Tensor]:
-        """The batch with its inputs in the precision that the model takes, and these inputs."""
-        x, _ = adversarial.inputs_of(batch)
-        taken = self.runtime.convert(x)
-        if taken is not x:
-            batch = with_field(batch, adversarial.settings.input_key, taken)
-        return batch, taken
 
     def _released(self) -> Mapping[str, Tensor] | None:
         """What AWP follows where the run is private: the last release, noise and all."""

@@ -159,7 +159,7 @@ def half_of(model):
     [
         (Normalizing, {}, PrivacyError, "BatchNorm1d at `net.0`"),
         (Net, {"optimizer": half_of}, PrivacyError, "`net.2.weight` left out"),
-        (Concatenating, {}, PrivacyError, "in the gradient of `net.0.weight`"),
+        (Concatenating, {"engine": "hooks"}, PrivacyError, "in the gradient of `net.0.weight`"),
         (Net, {"loss": lambda m, b: m(b[0])}, InputError, "the mean over the rows as one number"),
         (Net, {"loss": lambda m, b: 1.0}, InputError, "as one number, got 1.0. Take the mean"),
         (
@@ -191,7 +191,7 @@ def test_refused(make, settings, error, message):
 
 def test_without_the_self_test_the_first_step_still_looks():
     with (
-        private(Concatenating(), selftest=False) as loop,
+        private(Concatenating(), selftest=False, engine="hooks") as loop,
         pytest.raises(PrivacyError, match=r"in the gradient of `net.0.weight`"),
     ):
         some_steps(loop, 1)

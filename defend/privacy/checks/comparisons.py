@@ -10,18 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from defend.errors import PrivacyError
+from defend.errors import IndistinctRowsError, PrivacyError
 from defend.privacy.checks.constant_randomness import ConstantRandomness
+from defend.privacy.checks.coupling import AS_RECORDS, PARTS_AND_SEEDS, adds_up
 from defend.privacy.checks.differences import mixture
 from defend.privacy.checks.known_numbers import refuse_known_numbers, refuse_known_starts
 from defend.privacy.checks.module_copy import rows_differ, same, tensors_by_name, tensors_of
 from defend.privacy.checks.step_on_copy import StepOnCopy
 from defend.privacy.gradients.sums import per_record_norms
 from defend.privacy.mechanism.gaussian import clip_and_sum
-
-# Random numbers at several places of their range, and seeds whose first numbers (numpy's and
-# Python's) lie there too: what is done with a chance of 2% or 98% is met as well.
-_PARTS_AND_SEEDS = ((0.37, 35), (0.01, 1751), (0.99, 1470))
 
 _MOVE_ROUNDING = 1e-2
 _MOVE_ROUNDING_ATTACKED = 5e-2  # a sign that flips by rounding moves a whole step of the attack
@@ -73,13 +70,13 @@ class Comparisons:
 
     def all_parts(self, rows: int | None) -> float:
         """The whole test; returns how far one record moved the clipped sum, in units of C."""
-        for turn, (part, seed) in enumerate(_PARTS_AND_SEEDS):
+        for turn, (part, seed) in enumerate(PARTS_AND_SEEDS):
             self._alone(turn, part, seed)
         if self._together is not None:  # no number was drawn: the other rows are cheap
-            for turn in range(len(_PARTS_AND_SEEDS), len(self.records)):
-                self._alone(turn, *_PARTS_AND_SEEDS[0])
+            for turn in range(len(PARTS_AND_SEEDS), len(self.records)):
+                self._alone(turn, *PARTS_AND_SEEDS[0])
         if rows is not None and rows // self.step.views > len(self.records):
-            self._alone(0, *_PARTS_AND_SEEDS[0], count=rows // self.step.views)
+            self._alone(0, *PARTS_AND_SEEDS[0], count=rows // self.step.views)
         largest = self._leave_one_out()
         self._replace_one()
         return largest
@@ -118,19 +115,35 @@ class Comparisons:
                 ) from error
         worst = self.copy.difference(together, alone)
         if worst is not None:
-            raise PrivacyError(
-                "Expected each record's gradient to be the same alone and in a batch, got one "
-                f"that differs by {worst[1]:.0%} at `{worst[0]}`. The forward or the loss "
-                "mixes records (batch statistics, mixup, a loss weighted or normalized over "
-                "the batch, padding that is not masked), or the loss is not the plain mean "
-                "over rows. Compute each row from its own record, and take the mean."
-            )
+            if count is None:
+                records = self.records[number:] + self.records[:number]
+            self._refuse_apart(worst, records, part, seed)
         after = self._refuse_moved(after)
         self._refuse_filled(after, self._refuse_moved(tensors_by_name(self.copy.module)))
         self._drawn |= constant.drew or self.copy.drew
         if turn == 0 and count is None and not self._drawn:
             self._together = gradients, after
         self.copy.draws = self._drawn or self.step.attack is not None
+
+    def _refuse_apart(
+        self, worst: tuple[str, float], records: list[Any], part: float, seed: int
+    ) -> None:
+        """A record's gradient is another one in a batch, as the hooks see it: is it, too?"""
+        name, difference = worst
+        if adds_up(self.copy, records, part, seed):
+            raise IndistinctRowsError(
+                "Expected rows of a batch that stay the records' own through every layer, got a "
+                f"gradient that differs by {difference:.0%} at `{name}` from the record's own. "
+                "Positions come before records, or rows change places between layers. Pass each "
+                "record through as one row, records first."
+            )
+        raise PrivacyError(
+            "Expected each record's gradient to be the same alone and in a batch, got one "
+            f"that differs by {difference:.0%} at `{name}`. The forward or the loss mixes "
+            "records (batch statistics, mixup, a loss weighted or normalized over the batch, "
+            "padding that is not masked), or the loss is not the plain mean over rows. "
+            f"{AS_RECORDS}"
+        )
 
     def _judge_copies(self, gradients: list[Tensor]) -> None:
         """Rows of the same record have the same gradient, wherever they stand."""
@@ -194,10 +207,14 @@ class Comparisons:
             self._judge_attack(expected.batch, found.batch)
             self._judge_others(found.gradients, expected.gradients, number)
         self._drawn |= self.copy.drew
+        self._refuse_known(other[0].batch, len(one) if most > 2 else 1)
+
+    def _refuse_known(self, attacked: Any, steps: int) -> None:
+        """Refuse random numbers that are not secret in a fit."""
         if self.step.attack is not None:
-            refuse_known_starts(self.copy, [self.spare, *self.records[1:]], other[0].batch)
+            refuse_known_starts(self.copy, [self.spare, *self.records[1:]], attacked)
         if self._drawn:
-            refuse_known_numbers(self.copy, self.records, len(one) if most > 2 else 1)
+            refuse_known_numbers(self.copy, self.records, steps)
 
     def _run(self, first: Any, most: int, seconds: float = math.inf) -> list["_Taken"]:
         """Steps in a row, from the start; at least two, and further ones for some seconds."""
@@ -206,13 +223,13 @@ class Comparisons:
 
         def load() -> list[Any]:
             rest = self.records if self._reload is None else self._reload()[:count]
-            return [first, *rest[1:]]
+            return self._with(first, rest[1:])
 
         while len(taken) < most and (len(taken) < 2 or time.perf_counter() - start < seconds):
             try:
                 with self.copy.seeded(1 + 2 * len(taken)):
                     if batch is None:
-                        batch = self.copy.attacked([first, *self.records[1:]])
+                        batch = self.copy.attacked(self._with(first, self.records[1:]))
                     else:
                         batch = self.copy.next_attacked(batch, load)
                 with self.copy.seeded(2 + 2 * len(taken)):
@@ -224,8 +241,14 @@ class Comparisons:
                     raise
                 break  # what fails in a later step will do so by itself
             state = self._refuse_moved(tensors_by_name(self.copy.module))
-            taken.append(_Taken(batch, mixture([g[1:] for g in gradients]), state))
+            taken.append(_Taken(batch, mixture([g[self._others] for g in gradients]), state))
         return taken
+
+    _others = slice(1, None)  # of a batch in which one record may be another one
+
+    def _with(self, one: Any, others: list[Any]) -> list[Any]:
+        """The records of such a batch."""
+        return [one, *others]
 
     def _judge_attack(self, batch: Any, other: Any) -> None:
         views = self.step.views

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from defend.batching import memory
 from defend.privacy.checks.constant_randomness import seeded
 from defend.privacy.checks.dry_run_records import Survey, positions_to_try, survey
+from defend.privacy.checks.isolation import Isolation
 from defend.privacy.checks.kept_reads import first_read
 from defend.privacy.checks.kept_state import remember
 from defend.privacy.checks.module_copy import copy_of_module, tensors_of
+from defend.privacy.checks.records_on_copy import RecordsOnCopy
 from defend.privacy.checks.selftest import RECORDS, SelfTest, Source, selftest
 from defend.privacy.checks.state_watch import Key, Numbers, StateWatch
 from defend.privacy.checks.step_on_copy import StepOnCopy
@@ -26,6 +28,7 @@ from defend.privacy.mechanism.generators import Generator, generators_in, object
 from defend.privacy.mechanism.user_randomness import UserRandomness
 
 _MOST_TO_CATCH_UP = 1_000
+_RECORDS_ALONE = 4  # that are tried where each takes a forward and backward of its own
 
 
 class DryRun:
@@ -55,6 +58,20 @@ class DryRun:
         self.records = RECORDS
         self.pending = False
         self._turn = 0
+
+    def isolate(self, *, may_couple: bool) -> None:
+        """From here on each record has a batch of its own.
+
+        Args:
+            may_couple: whether the loss may couple the records of a batch, and is taken apart.
+        """
+        self.step = replace(self.step, isolated=True, may_couple=may_couple)
+        self.records = min(self.records, _RECORDS_ALONE)
+        self._turn = 0
+
+    def isolation(self) -> Isolation:
+        """What puts back between two records what the step kept of the first."""
+        return Isolation(self.module, self.step.user_code, self.step.share)
 
     def selftest(self, rows: int | None = None, *, whole: bool = False) -> SelfTest | None:
         """The self-test: whole the first time, in short and on other records after that.
@@ -169,7 +186,8 @@ class DryRun:
 
         None where the step fails.
         """
-        copy = StepOnCopy(copy_of_module(self.module, self.step.share), self.step)
+        kind = RecordsOnCopy if self.step.isolated else StepOnCopy
+        copy = kind(copy_of_module(self.module, self.step.share), self.step)
         try:
             records = self._load(0, self._generators())
             with copy.seeded(0):

@@ -6,6 +6,7 @@ import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,21 @@ def remember(objects: Iterable[Any]) -> Undo:
 
     def put_back() -> bool:
         return sum(step() for step in undo) > 0  # all of them
+
+    return put_back
+
+
+def remember_buffers(module: nn.Module) -> Undo:
+    """The same of all buffers of a module, whatever their size."""
+    undo: list[Undo] = []
+    for m in module.modules():
+        if m._buffers:
+            undo.append(partial(_refill, m._buffers, dict(m._buffers)))
+            held = [b for b in m._buffers.values() if b is not None and not b.is_meta]
+            undo += [partial(_rewrite, b, b.detach().clone()) for b in held]
+
+    def put_back() -> bool:
+        return sum(step() for step in undo) > 0
 
     return put_back
 
@@ -120,6 +136,9 @@ def _refill_names(space: dict[str, Any], named: dict[str, Any]) -> bool:
 def _refill(container: Any, held: Any) -> bool:
     """Only what differs is written: other threads may read."""
     if isinstance(container, dict):
+        same = len(container) == len(held) and all(map(is_, container.values(), held.values()))
+        if same and all(map(is_, container, held)):
+            return False
         changed = {k: v for k, v in held.items() if k not in container or container[k] is not v}
         new = [key for key in container if key not in held]
         for key in new:

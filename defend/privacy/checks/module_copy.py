@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
 from defend.errors import PrivacyError
-from defend.privacy.gradients.per_record import PerRecordGradients
+from defend.privacy.gradients.engine import GradientEngine
 
 
 def copy_of_module(module: nn.Module, share: Sequence[Any] = ()) -> nn.Module:
@@ -43,7 +43,12 @@ def copy_of_module(module: nn.Module, share: Sequence[Any] = ()) -> nn.Module:
             if not isinstance(value, nn.Module) and hasattr(value, "trainer"):
                 memo[id(value)] = value
     try:
-        return copy.deepcopy(module, memo)
+        # A TorchScript module is copied by operations, through which gradients would flow back.
+        with torch.no_grad():
+            found = copy.deepcopy(module, memo)
+        for mine, theirs in zip(found.parameters(), module.parameters(), strict=True):
+            mine.requires_grad_(theirs.requires_grad)
+        return found
     except Exception as error:
         raise PrivacyError(
             "Expected a module that can be copied for the self-test, got "
@@ -75,11 +80,11 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def trace(
-    module: nn.Module, devices: Sequence[torch.device], per_record: PerRecordGradients
+    module: nn.Module, devices: Sequence[torch.device], engine: GradientEngine
 ) -> dict[str, list[Any]]:
     """All that an attack might leave behind."""
     return {
-        "per-record gradient": [per_record.holds_any],
+        "per-record gradient": [engine.holds_any],
         "gradient": [p.grad for p in module.parameters()],
         "requires_grad": [p.requires_grad for p in module.parameters()],
         "training mode": [m.training for m in module.modules()],

@@ -17,12 +17,18 @@ from defend.privacy.checks.setup import Setup
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """One row: `expected` … got `found(setup)` … `cure`."""
+    """One row: `expected` … got `found(setup)` … `cure`.
+
+    Attributes:
+        hides_rows: whether rows of a batch cannot be told apart, and that is all: one record at a
+            time trains.
+    """
 
     name: str
     expected: str
     found: Callable[[Setup], str | None]
     cure: str
+    hides_rows: bool = False
 
     def message(self, setup: Setup) -> str | None:
         """The error text, or None where there is nothing to refuse."""
@@ -30,9 +36,15 @@ class Refusal:
         return None if found is None else f"Expected {self.expected}, got {found}. {self.cure}"
 
 
-def check(setup: Setup) -> None:
-    """Raise one `PrivacyError` that lists every refusal that applies to `setup`."""
-    messages = [m for m in (refusal.message(setup) for refusal in REFUSALS) if m]
+def check(setup: Setup, *, engine: str = "hooks") -> None:
+    """Raise one `PrivacyError` that lists every refusal that applies to `setup`.
+
+    Args:
+        setup: what is known.
+        engine: "hooks", or one that takes one record at a time where it has to ("auto", "record").
+    """
+    asked = [r for r in REFUSALS if engine == "hooks" or not r.hides_rows]
+    messages = [m for m in (refusal.message(setup) for refusal in asked) if m]
     if messages:
         lead = (
             "This run would not be private. "
@@ -40,6 +52,12 @@ def check(setup: Setup) -> None:
             else (f"This run would not be private, for {len(messages)} reasons:\n")
         )
         raise PrivacyError(lead + "\n".join(messages))
+
+
+def hidden_rows(setup: Setup) -> str | None:
+    """Why rows of a batch cannot be told apart, as far as the set-up shows it; None if they can."""
+    messages = (refusal.message(setup) for refusal in REFUSALS if refusal.hides_rows)
+    return next((m for m in messages if m), None)
 
 
 REFUSALS = (
@@ -64,7 +82,9 @@ REFUSALS = (
         "layers that have per-record gradients",
         lambda s: setups.layers(s, setups.is_fused),
         "Use the drop-in layers of opacus.layers, or "
-        "`opacus.validators.ModuleValidator.fix(module)`; attention also works with dropout=0.",
+        "`opacus.validators.ModuleValidator.fix(module)`, attention with dropout=0, or "
+        "engine='record'.",
+        hides_rows=True,
     ),
     Refusal(
         "weight_hooks",
@@ -72,15 +92,16 @@ REFUSALS = (
         lambda s: setups.layers(s, setups.computes_weights),
         "The old weight_norm and spectral_norm compute the weight in a hook, outside the layer's "
         "forward. Use torch.nn.utils.parametrizations.weight_norm in place of both: spectral norm "
-        "keeps buffers, and is refused in its new form too.",
+        "keeps buffers, and takes engine='record' in its new form too.",
+        hides_rows=True,
     ),
     Refusal(
         "complex_weights",
         "trainable weights that are real numbers",
         setups.complex_weights,
-        "Torch draws complex normals whose two parts have half the variance each, so the noise "
-        "would be too small. Keep the real and the imaginary part as two parameters, and put them "
-        "together in forward: torch.complex(self.real, self.imag).",
+        "Keep the real and the imaginary part as two parameters, and put them together in forward: "
+        "torch.complex(self.real, self.imag). Or take engine='record'.",
+        hides_rows=True,
     ),
     Refusal(
         "compiled",
@@ -94,7 +115,9 @@ REFUSALS = (
         "parameters inside submodules, under several processes",
         setups.direct_parameters,
         "A parameter directly on the top module makes its whole forward one layer, which "
-        "DistributedDataParallel calls in its own way. Put it in a small nn.Module of its own.",
+        "DistributedDataParallel calls in its own way. Put it in a small nn.Module of its own, or "
+        "take engine='record'.",
+        hides_rows=True,
     ),
     Refusal(
         "nothing_to_train",

@@ -15,6 +15,10 @@ So the step is tried, on a copy of the module and a few records:
 4. **No trace.** The attack leaves gradients, modes, buffers and random state as they were; the step
    moves no weights, and no buffer or frozen weight takes up what the records hold. The step that
    follows does not depend on who was in the batch before it.
+
+Where each record has a batch of its own (`engine="record"`), rows cannot meet, and the test asks
+what a step keeps (`record_comparisons`); where defend chose that by itself, also whether the loss
+is the plain mean that it takes it for (`coupling`).
 """
 
 import time
@@ -25,11 +29,14 @@ from typing import Any
 
 from torch import nn
 
-from defend.errors import InputError, PrivacyError
+from defend.errors import IndistinctRowsError, InputError, PrivacyError
 from defend.privacy.checks.changes import occurring_values
 from defend.privacy.checks.comparisons import Comparisons
+from defend.privacy.checks.coupling import refuse_coupled
 from defend.privacy.checks.module_copy import copy_of_module
 from defend.privacy.checks.rare_records import Effort, refuse_rare_couplings
+from defend.privacy.checks.record_comparisons import RecordComparisons
+from defend.privacy.checks.records_on_copy import RecordsOnCopy
 from defend.privacy.checks.step_on_copy import StepOnCopy
 from defend.privacy.checks.step_under_test import StepUnderTest, in_double
 
@@ -60,11 +67,13 @@ class SelfTest:
         largest_move: how far leaving one record out moved the clipped sum, in units of C. Computed
             from the data without noise: look at it, but do not publish it.
         seconds: how long it took.
+        hides_rows: whether the finding is that rows cannot be told apart, and that is all.
     """
 
     findings: tuple[str, ...]
     largest_move: float
     seconds: float
+    hides_rows: bool = False
 
     @property
     def passed(self) -> bool:
@@ -72,6 +81,8 @@ class SelfTest:
 
     def error(self) -> PrivacyError:
         """What lists the findings."""
+        if self.hides_rows:
+            return IndistinctRowsError(self.findings[0])
         return PrivacyError(
             "The self-test on your own step and data found that this run would not be "
             "private.\n" + "\n".join(f"- {finding}" for finding in self.findings)
@@ -119,23 +130,28 @@ def selftest(
     if len(records) < 3:
         raise InputError(f"Expected at least 3 records for the self-test, got {len(records)}.")
     step.on_look()
-    copy = StepOnCopy(copy_of_module(module, step.share), step)
+    kinds = (RecordsOnCopy, RecordComparisons) if step.isolated else (StepOnCopy, Comparisons)
+    copy = kinds[0](copy_of_module(module, step.share), step)
     source = source or Source(occurring_values(records))
-    comparisons = Comparisons(copy, list(records), max_grad_norm, source.reload)
+    comparisons = kinds[1](copy, list(records), max_grad_norm, source.reload)
     findings: tuple[str, ...] = ()
-    largest = 0.0
+    largest, hides_rows = 0.0, False
     try:
         with copy.seeded(0):
+            if turn == 0 and not step.may_couple:
+                refuse_coupled(copy, list(records), source.values)
             if turn == 0:
                 largest = comparisons.all_parts(rows)
             else:
                 comparisons.later_parts(turn)
-            _try_rare_ones(module, comparisons, source.values, turn)
+            if not step.isolated:
+                _try_rare_ones(module, comparisons, source.values, turn)
     except PrivacyError as error:  # ours, or what reading the gradients found by itself
-        findings = (str(error),)
+        hides_rows = isinstance(error, IndistinctRowsError)
+        findings = (error.args[0],)
     finally:
         copy.remove()
-    return SelfTest(findings, largest, time.perf_counter() - start)
+    return SelfTest(findings, largest, time.perf_counter() - start, hides_rows)
 
 
 def _try_rare_ones(

@@ -11,15 +11,16 @@ from defend.errors import PrivacyError
 from defend.privacy.checks.constant_randomness import seeded
 from defend.privacy.checks.differences import mixture, worst_difference
 from defend.privacy.checks.ignored_seeds import generators_made
+from defend.privacy.checks.isolation import roots_of
 from defend.privacy.checks.kept_state import remember
 from defend.privacy.checks.loss_graph import leaves_of
 from defend.privacy.checks.module_copy import changed, restore, tensors_by_name, trace
 from defend.privacy.checks.step_under_test import StepUnderTest
 from defend.privacy.gradients.per_record import PerRecordGradients
+from defend.privacy.gradients.sums import as_real
 from defend.privacy.mechanism.generators import (
     GLOBAL,
     generators_in,
-    is_users,
     objects_in,
     same_state,
     state_of,
@@ -51,16 +52,18 @@ class StepOnCopy:
     def __init__(self, module: nn.Module, step: StepUnderTest) -> None:
         self.module, self.step = module, step
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self._engine = PerRecordGradients(module, views=step.views, loss_reduction="sum")
+        self._engine = self._engine_on(module)
         self.devices = sorted({p.device for p in module.parameters()}, key=str)
         self.start = tensors_by_name(module)
-        classes = {type(m) for m in module.modules() if is_users(type(m))}
-        tables = [t for m in module.modules() for t in (m._parameters, m._buffers)]
-        roots, skip = (module, *classes, *step.user_code), (*step.share, *tables)
+        roots, skip = roots_of(module, step.user_code, step.share)
         self.generators = generators_in(roots, skip)
         self._put_back = remember(objects_in(roots, skip, users_only=True))
         self.drew, self.draws, self.keeps = False, True, False
+        self._seed = 0
         self._leaves: dict[int, Tensor] = {}  # of the last loss, without the module's
+
+    def _engine_on(self, module: nn.Module) -> Any:
+        return PerRecordGradients(module, views=self.step.views, loss_reduction="sum")
 
     def remove(self) -> None:
         """Take the hooks off the copy, and leave what the user's code keeps as it was."""
@@ -71,6 +74,7 @@ class StepOnCopy:
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
         """Inside, every random generator starts from `seed`."""
+        self._seed = seed
         if not self.draws:
             yield
             return
@@ -177,10 +181,25 @@ class StepOnCopy:
         with self.seeded(seed), self._engine.paused(), torch.enable_grad():
             # Not `autograd.grad`: reentrant checkpoints forbid it.
             self.step.backward(self.step.loss(self.module, batch))
+            return self._plain_gradient()
+
+    def gradient_together(self, records: list[Any], seed: int) -> list[Tensor]:
+        """The gradient of the loss on one batch of some records, by autograd and without hooks."""
+        with self.seeded(seed):
+            batch = self.collated(records)
+        with self.seeded(seed), self._engine.paused(), torch.enable_grad():
+            self.step.backward(self.step.loss(self.module, batch))
+            return self._plain_gradient()
+
+    def _plain_gradient(self) -> list[Tensor]:
         return [
-            torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
+            as_real(torch.zeros_like(p) if p.grad is None else p.grad.to_dense())
             for p in self.parameters.values()
         ]
+
+    def collated(self, records: list[Any]) -> Any:
+        """From the start again: one batch of some records, put together, as a step would get it."""
+        return self.batch_of(records)
 
     def _next_batch(self, batch: Any, load: Callable[[], list[Any]]) -> Any:
         """After the hooks that follow the step on a batch: the next one."""

@@ -36,6 +36,8 @@ class StepUnderTest:
         collate: items of the data set → batch.
         prepare: (module, batch) → the batch on the right device, as the step gets it, after the
             hooks that see it before; they may write to it.
+        transfer: (module, batch) → the batch of one record on the right device, after the hooks of
+            the transfer; where each record has a batch of its own. `prepare` leaves that out then.
         restart: (module) → None; before each trial: hooks forget what they kept in the last one.
         finish: (module, batch) → None; the hooks that run after the step on a batch. The next step
             has the next number.
@@ -46,6 +48,8 @@ class StepUnderTest:
             of `number`, to see whether it uses them.
         backward: takes what comes from `loss` through its backward; for a loss that moves the
             weights until then, and has to put them back.
+        isolated: whether each record has a batch of its own (`RecordBatches`).
+        may_couple: whether a loss may couple the records of a batch; where they are isolated.
         views: rows of a record, K ≥ 1, next to each other in a batch.
         half: whether the step computes in half precision (autocast), which rounds more.
         share: objects that the module may refer to and that are not to be copied with it.
@@ -57,12 +61,15 @@ class StepUnderTest:
     loss: Loss
     collate: Callable[[list[Any]], Any]
     prepare: Callable[[nn.Module, Any], Any] = _as_it_is
+    transfer: Callable[[nn.Module, Any], Any] = _as_it_is
     restart: Callable[[nn.Module], None] = _forget_nothing
     finish: Callable[[nn.Module, Any], Any] = _as_it_is
     reads_clock: Callable[[], bool] = lambda: False
     attack: Attack | None = None
     attack_reseeded: ReseededAttack | None = None
     backward: Backward = Tensor.backward
+    isolated: bool = False
+    may_couple: bool = True
     views: int = 1
     half: bool = False
     share: Sequence[Any] = ()

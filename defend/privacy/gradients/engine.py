@@ -21,9 +21,17 @@ class GradientEngine(ABC):
 
     Attributes:
         parameters: the trainable parameters by name. Every list of tensors follows their order.
+            Gradients of complex ones are pairs of real numbers, `[*shape, 2]`.
+        one_record: whether a chunk holds one record alone.
     """
 
     parameters: dict[str, nn.Parameter]
+    one_record: bool = False
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether gradients of records came in since the last `clear`, unseen in any `p.grad`."""
+        return False
 
     @abstractmethod
     def expect(self, rows: int) -> None:
@@ -39,7 +47,7 @@ class GradientEngine(ABC):
                 `[N, parameters]`.
 
         Raises:
-            PrivacyError: if the gradients of the records cannot be told apart.
+            IndistinctRowsError: if the gradients of the records cannot be told apart.
         """
 
     @abstractmethod

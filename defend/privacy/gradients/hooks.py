@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from defend.errors import PrivacyError
+from defend.errors import IndistinctRowsError
 from defend.privacy.gradients.layers import takes_packed, trainable_layers
 
 
@@ -87,7 +87,7 @@ class LayerCalls:
         repeated: gets a layer that had a gradient before, in an earlier backward over the batch.
 
     Raises:
-        PrivacyError: for layers whose per-record gradients cannot be had.
+        IndistinctRowsError: for layers whose per-record gradients cannot be had.
     """
 
     def __init__(
@@ -165,22 +165,20 @@ class LayerCalls:
         places = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.requires_grad]
         if not places:
             return
-        if len(places) > 1:
-            raise PrivacyError(
-                f"Expected one output of {type(module).__name__}, which has parameters of its "
-                f"own, got {len(places)}. Put its parameters into small modules that return one "
-                "tensor, or freeze them."
-            )
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [t.detach() for t in leaves if isinstance(t, Tensor)]
-        waiting = _Waiting(
-            call=self._call(module, places[0], outputs[places[0]]),
-            number=self._count_pass(),
-            leaves=[_TENSOR if isinstance(t, Tensor) else t for t in leaves],
-            structure=structure,
-            kept=_Keep.apply(self._anchor, *tensors).grad_fn,
-        )
-        outputs[places[0]].register_hook(functools.partial(self._arrive, waiting))
+        kept = _Keep.apply(self._anchor, *tensors).grad_fn
+        number = self._count_pass()
+        # Of several outputs each has its own part in the gradient, and the parts add up.
+        for place in places:
+            waiting = _Waiting(
+                call=self._call(module, place, outputs[place]),
+                number=number,
+                leaves=[_TENSOR if isinstance(t, Tensor) else t for t in leaves],
+                structure=structure,
+                kept=kept,
+            )
+            outputs[place].register_hook(functools.partial(self._arrive, waiting))
 
     def _call(self, module: nn.Module, place: int, output: Tensor) -> Call:
         """The call as far as it is known before its gradient."""
@@ -214,9 +212,9 @@ class LayerCalls:
         except RuntimeError as error:
             if "inplace" not in str(error):
                 raise
-            raise PrivacyError(
+            raise IndistinctRowsError(
                 f"Expected the inputs of {type(waiting.call.module).__name__} unchanged until "
-                f"backward, got {error} Use the operation that is not in place."
+                f"backward, got some that an operation in place wrote to. Use the one that is not."
             ) from error
         waiting.kept = None
         self._receive(

@@ -25,7 +25,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from defend.errors import PrivacyError
+from defend.errors import IndistinctRowsError, PrivacyError
 
 Gradients = dict[Tensor, Tensor]  # by parameter
 Rule = Callable[[Any, tuple[Any, ...], Mapping[str, Any], Tensor], Gradients | None]
@@ -69,26 +69,66 @@ def trainable_layers(module: nn.Module) -> list[nn.Module]:
     What lies below a module without a rule is part of it, and not listed again.
 
     Raises:
-        PrivacyError: for layers whose per-record gradients cannot be had.
+        IndistinctRowsError: for layers whose per-record gradients cannot be had.
     """
     for m in module.modules():
         _refuse_positions_first(m)
+    if any(p.is_complex() and p.requires_grad for p in module.parameters()):
+        raise IndistinctRowsError(
+            "Expected trainable weights that are real numbers, got complex ones. Keep the real and "
+            "the imaginary part as two parameters, and put them together in forward: "
+            "torch.complex(self.real, self.imag)."
+        )
     found = list(_walk(module))
     inside = {c for m in found if rule_of(m) is None for c in m.modules() if c is not m}
-    layers = [m for m in dict.fromkeys(found) if m not in inside]
-    for m in layers:
-        if next(m.buffers(), None) is not None:
-            raise PrivacyError(
-                "Expected layers whose per-record gradients can be computed, got "
-                f"{type(m).__name__}, which has parameters of its own and buffers. Buffers may "
-                "hold statistics of the data. Replace it, put its parameters into a small module "
-                "without buffers, or freeze its parameters."
+    return [m for m in dict.fromkeys(found) if m not in inside]
+
+
+class Buffers:
+    """The buffers of a layer that `torch.func` computes again: they have to be the same then.
+
+    Args:
+        layer: the module, children included.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+        self._state = self._now()
+
+    def require_same(self) -> None:
+        """Refuse buffers that were written to since.
+
+        Raises:
+            IndistinctRowsError: names one.
+        """
+        now = self._now()
+        if now != self._state:
+            changed = [n for n in {**now, **self._state} if now.get(n) != self._state.get(n)]
+            raise IndistinctRowsError(
+                f"Expected buffers of {type(self._layer).__name__}, which has parameters of its "
+                f"own, to stay as they are in forward and backward, got a changed `{changed[0]}`. "
+                "Put the parameters into a small module without it, or freeze them."
             )
-    return layers
+
+    def _now(self) -> dict[str, tuple[int, int]]:
+        named = self._layer.named_buffers()
+        return {n: (id(b), 0 if b.is_inference() else b._version) for n, b in named}
+
+
+# Modules that are never called: what they hold is used by the one that has them.
+_HOLDERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)
+
+
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters that the module's own forward uses, as far as its structure tells."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if type(child) in _HOLDERS:
+            yield from _own_parameters(child)
 
 
 def _walk(module: nn.Module) -> Iterator[nn.Module]:
-    own = any(p.requires_grad for p in module.parameters(recurse=False))
+    own = any(p.requires_grad for p in _own_parameters(module))
     own = own and not takes_packed(module)  # its parameters are its cells', by other names
     if own or is_parametrized(module):
         if any(p.requires_grad for p in module.parameters()):
@@ -104,12 +144,12 @@ def _refuse_positions_first(module: nn.Module) -> None:
     from opacus.layers import DPMultiheadAttention
 
     if isinstance(module, DPMultiheadAttention) and not module.batch_first:
-        raise PrivacyError(
+        raise IndistinctRowsError(
             "Expected records in the first dimension, got DPMultiheadAttention with "
             "batch_first=False: its inner layers take positions for records. Set batch_first=True."
         )
     if isinstance(module, DPMultiheadAttention) and module.add_bias_kv:
-        raise PrivacyError(
+        raise IndistinctRowsError(
             "Expected layers whose per-record gradients can be computed, got "
             "DPMultiheadAttention with add_bias_kv=True. Set add_bias_kv=False."
         )
@@ -142,7 +182,7 @@ def gradients_of(
         autocast: the settings that the call ran under; None for full precision.
 
     Raises:
-        PrivacyError: if the gradients of the rows cannot be told apart.
+        IndistinctRowsError: if the gradients of the rows cannot be told apart.
     """
     try:
         known = rule_of(module)
@@ -155,11 +195,11 @@ def gradients_of(
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         if isinstance(error, PrivacyError):
             raise
-        raise PrivacyError(
+        raise IndistinctRowsError(
             f"Expected {type(module).__name__}, which has parameters of its own, to run on one "
-            f"record at a time, got {type(error).__name__}: {error} Dropout, branches on the data "
-            "and statistics of the batch cannot be computed again: keep them out of modules with "
-            "parameters of their own, or freeze its parameters."
+            f"record at a time under torch.func, got {type(error).__name__}. Dropout and branches "
+            "on the data cannot be computed again there: keep them out of modules with parameters "
+            "of their own, or freeze its parameters."
         ) from error
 
 
@@ -199,7 +239,7 @@ def _by_row(
     if not any(batched) or any(
         isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] != 1 for t in shared
     ):
-        raise PrivacyError(
+        raise IndistinctRowsError(
             f"Expected one row a record in every input of {type(module).__name__}, got shapes "
             f"{[tuple(t.shape) for t in inputs if isinstance(t, Tensor)]} for an output "
             f"{tuple(gradient.shape)}. Give it records in the first dimension, and what all "
@@ -262,7 +302,7 @@ def _of_bags(
 ) -> Gradients:
     """gᵢ adds bᵢ, divided by the size of the bag if it is a mean, at each id in bag i."""
     if module.mode == "max" or (input.ndim == 1 and offsets is None):
-        raise PrivacyError(
+        raise IndistinctRowsError(
             f"Expected EmbeddingBag with mode 'sum' or 'mean' and offsets, got {module.mode!r}. "
             "Use another mode, or nn.Embedding."
         )

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from defend.errors import PrivacyError
+from defend.errors import IndistinctRowsError, PrivacyError
 from defend.privacy.gradients.engine import GradientEngine
 from defend.privacy.gradients.hooks import Call, LayerCalls
-from defend.privacy.gradients.layers import gradients_of, rule_of
+from defend.privacy.gradients.layers import Buffers, gradients_of, rule_of, trainable_layers
 from defend.privacy.gradients.sums import per_record_norms, weighted_sum
 
 
@@ -36,7 +36,7 @@ class PerRecordGradients(GradientEngine):
             another way when one record is left out, and all of them then move a little.
 
     Raises:
-        PrivacyError: for layers whose per-record gradients cannot be had.
+        IndistinctRowsError: for layers whose per-record gradients cannot be had.
     """
 
     def __init__(
@@ -57,6 +57,9 @@ class PerRecordGradients(GradientEngine):
         self._other_rows: dict[Tensor, int] = {}
         self._repeated: set[Tensor] = set()
         self._calls = LayerCalls(module, self._receive, self._repeat)
+        without_rule = (m for m in trainable_layers(module) if rule_of(m) is None)
+        self._computed_again = [m for m in without_rule if next(m.buffers(), None) is not None]
+        self._buffers: dict[nn.Module, Buffers] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copied or pickled module takes its hooks along, but no record's gradient."""
@@ -80,6 +83,7 @@ class PerRecordGradients(GradientEngine):
                 "Keep the views of a record together."
             )
         self._calls.rows = rows
+        self._buffers = {m: Buffers(m) for m in self._computed_again}
 
     @property
     def holds_any(self) -> bool:
@@ -153,6 +157,8 @@ class PerRecordGradients(GradientEngine):
 
     def _receive(self, call: Call) -> None:
         """Add the gradients of one call to those of the batch."""
+        if call.module in self._buffers:
+            self._buffers[call.module].require_same()
         mean = self.loss_reduction == "mean"
         found = gradients_of(
             call.module,
@@ -164,6 +170,8 @@ class PerRecordGradients(GradientEngine):
         )
         if rule_of(call.module) is not None:
             self._by_formula.update(found)
+        elif call.module in self._buffers:
+            self._buffers[call.module].require_same()
         for parameter, gradient in found.items():
             if parameter not in self._trained:
                 continue
@@ -189,19 +197,20 @@ class PerRecordGradients(GradientEngine):
         if gradient is None:
             if parameter.grad is None:
                 return None
-            raise PrivacyError(
+            raise IndistinctRowsError(
                 f"Expected a gradient per record for `{name}`, got only their sum: the weight is "
                 "used outside its own module's forward. Call the module instead, or freeze it."
             )
         if parameter in self._repeated:
-            raise PrivacyError(
+            raise IndistinctRowsError(
                 f"Expected one backward a batch, got 2 or more for `{name}`: each would count "
                 "every record again. Add the losses up and run one backward; let an attack run in "
-                "AdversarialTraining or under `defend.attacks.no_trace`."
+                "AdversarialTraining or under `defend.attacks.no_trace`, but no gradient penalty: "
+                "that would erase it."
             )
         found = self._other_rows.get(parameter, len(gradient) * self.views)
         if found != rows or parameter in self._other_rows:
-            raise PrivacyError(
+            raise IndistinctRowsError(
                 f"Expected {rows} rows, one a record, in the gradient of `{name}`, got {found}. "
                 "Rows were concatenated, dropped or folded into the batch dimension on the way, or "
                 "positions come before records, or all records share one row. Pass each record "
@@ -234,7 +243,7 @@ class PerRecordGradients(GradientEngine):
                 found_total /= rows
             difference = (found_total - total).norm()
             if difference > own * total.norm() + whole * model:
-                raise PrivacyError(
+                raise IndistinctRowsError(
                     f"Expected per-record gradients of `{name}` that add up to its gradient, got a "
                     f"difference of {difference / total.norm():.0%}: the weight is also used "
                     "outside its own module's forward (F.linear(h, layer.weight), say), the layer "

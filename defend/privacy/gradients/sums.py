@@ -16,6 +16,18 @@ _BLOCK_SIDE_BY_SIDE = 64
 _SMALL = 512  # weights that are sooner copied to float64 than cut into blocks
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers, `[*shape, 2]`; a real one as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def as_kind_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """What `as_real` made of a tensor of the kind of `like`, as it was, in its dtype."""
+    if not like.is_complex():
+        return tensor.to(like.dtype)
+    return torch.view_as_complex(tensor.to(like.dtype.to_real()))
+
+
 def per_record_norms(gradients: Sequence[Tensor], *, grouped: bool = False) -> Tensor:
     """‖gᵢ‖₂ of each record, in float32 or wider.
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from defend.privacy.gradients.sums import as_real
+
 _SUMS = 2**12  # of each parameter
 _BLOCK = 64  # numbers that are added in float32 before float64 goes on: twelve times as fast
 
@@ -42,7 +44,7 @@ class ReleaseMark:
 
 def _sums(gradient: Tensor) -> Tensor:
     """Sums over every 4096th number; of a small one its numbers."""
-    flat = gradient.detach().flatten()
+    flat = as_real(gradient.detach()).flatten()
     if len(flat) <= _SUMS:
         return flat.double()
     rows = flat[: len(flat) // _SUMS * _SUMS].view(-1, _SUMS)

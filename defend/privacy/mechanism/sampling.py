@@ -95,6 +95,11 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.epochs = 0
         self.before_batch: Callable[..., None] = _do_nothing
 
+    def begin_anew(self, *, chunk_size: int | None) -> None:
+        """Nothing was drawn yet, and other chunks will be run."""
+        self.drawn.clear()
+        self.epochs, self.chunk_size = 0, chunk_size
+
     def forget(self) -> None:
         """Drop the source of the masks; only the sizes stay."""
         self.randomness, self.before_batch = None, _do_nothing

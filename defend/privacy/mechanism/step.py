@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from defend.errors import PrivacyError
 from defend.privacy.gradients.engine import GradientEngine
 from defend.privacy.gradients.per_record import PerRecordGradients
+from defend.privacy.gradients.sums import as_kind_of
 from defend.privacy.mechanism.clipping import Clipping, FlatClipping, checked_noise
 from defend.privacy.mechanism.gaussian import add_noise_
 from defend.privacy.mechanism.guard import StepGuard
@@ -195,7 +196,7 @@ class PrivateStep:
         if shard.world_size > 1:
             sums = sum_over_processes(sums, error)
         for (name, p), total in zip(self.engine.parameters.items(), sums, strict=False):
-            p.grad = (total / settings.expected_batch_size).to(p.dtype)
+            p.grad = as_kind_of(total / settings.expected_batch_size, p)
             if settings.keep_release:
                 self.released[name] = p.grad.clone()  # others may add to theirs
         if settings.clipping.learns:

@@ -216,3 +216,43 @@ def frozen_statistics():
 
 def freeze(module):
     return module.requires_grad_(False)
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(6))
+
+    def forward(self, x):
+        return x * self.scale, x + self.scale
+
+
+def two_outputs():
+    return {"a": Pair(), "b": nn.Linear(6, 3)}
+
+
+class Permuted(nn.Module):
+    """Constant buffers beside a parameter of its own, whole numbers and others."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(6))
+        self.register_buffer("order", torch.arange(5, -1, -1), persistent=False)
+        self.register_buffer("mean", torch.rand(6))
+
+    def forward(self, x):
+        return (x[:, self.order] - self.mean) * self.weight
+
+
+class Listed(nn.Module):
+    """Parameters in containers that are never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList(torch.rand(6, 6) for _ in range(2))
+        self.named = nn.ModuleDict({"shift": nn.ParameterDict({"b": nn.Parameter(torch.rand(6))})})
+        self.first = nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = self.first(x)
+        return x @ self.weights[0] + x**2 @ self.weights[1] + self.named["shift"]["b"]

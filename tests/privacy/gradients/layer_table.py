@@ -9,7 +9,9 @@ from .alone import T
 from .layer_modules import (
     RMS,
     Apply,
+    Listed,
     LowRank,
+    Permuted,
     Shift,
     Spectrum,
     Temperature,
@@ -28,6 +30,7 @@ from .layer_modules import (
     recurrent,
     tie,
     transformer,
+    two_outputs,
 )
 
 EQUAL = {
@@ -146,6 +149,18 @@ EQUAL = {
             a=nn.MultiheadAttention(6, 2, batch_first=True),
         ),
     ),
+    "fused attention with its weights": (
+        "sequence",
+        lambda: Apply(
+            lambda m, x: m.b(sum(m.a(x, x, x)[i].sum(2) for i in (0, 1))),
+            a=nn.MultiheadAttention(6, 2, batch_first=True),
+            b=nn.Linear(T, 3),
+        ),
+    ),
+    "two outputs": ("vector", lambda: Apply(lambda m, x: m.b(sum(m.a(x))), **two_outputs())),
+    "one of two outputs": ("vector", lambda: Apply(lambda m, x: m.b(m.a(x)[1]), **two_outputs())),
+    "constant buffers": ("vector", lambda: nn.Sequential(Permuted(), nn.Linear(6, 3))),
+    "lists of parameters": ("vector", lambda: nn.Sequential(Listed(), nn.Linear(6, 3))),
     "scalars": (
         "vector",
         lambda: nn.Sequential(nn.Linear(6, 6), Temperature(), nn.Linear(6, 3)),

@@ -6,13 +6,53 @@ import pytest
 import torch
 from torch import nn
 
+from defend.errors import PrivacyError
 from defend.privacy import FlatClipping, PerLayerClipping, clip_and_sum
+from defend.privacy.gradients.one_record import OneRecord
 from defend.privacy.gradients.per_record import PerRecordGradients
 
 from .alone import each_alone, loss, targets
 
 ROWS, C = 5, 0.3
-ENGINES = {"materializing": PerRecordGradients}
+
+
+class Chunked:
+    """An engine that takes one record a chunk, over all chunks of a batch."""
+
+    def __init__(self, module):
+        self.engine, self.module = OneRecord(module), module
+        self.parameters = self.engine.parameters
+
+    def expect(self, rows):
+        self.rows = rows
+
+    def each(self, ask):
+        """What `ask` gives for the engine after the backward of each record."""
+        for i in range(self.rows):
+            self.engine.clear()
+            self.engine.expect(1)
+            loss(self.module, self.x[i : i + 1], self.y[i : i + 1]).backward()
+            yield ask(self.engine, i)
+
+    def norms(self, rows, *, grouped):
+        self.grouped = grouped
+        return torch.cat([*self.each(lambda engine, _: engine.norms(1, grouped=grouped))])
+
+    def weighted_sum(self, factors):
+        def ask(engine, i):
+            engine.norms(1, grouped=self.grouped)
+            return engine.weighted_sum(factors[i : i + 1])
+
+        return [sum(parts) for parts in zip(*self.each(ask), strict=True)]
+
+    def clear(self):
+        self.engine.clear()
+
+    def remove(self):
+        self.engine.remove()
+
+
+ENGINES = {"materializing": PerRecordGradients, "one record": Chunked}
 
 
 def watched(kind, spoil=None):
@@ -25,6 +65,7 @@ def watched(kind, spoil=None):
         x[spoil] = math.nan
     engine = ENGINES[kind](module)
     engine.expect(ROWS)
+    engine.x, engine.y = x, y
     loss(module, x, y).backward()
     return engine, expected
 
@@ -88,3 +129,22 @@ def test_paused_cleared_and_removed(kind):
     assert all(p.grad is None for p in module)
     torch.testing.assert_close(first, squares(expected).sum(1).sqrt())
     engine.remove()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_one_record_takes_the_mean_of_its_views_and_nothing_of_what_ran_while_paused(reduction):
+    torch.manual_seed(0)
+    module, x, y = nn.Linear(6, 3), torch.randn(3, 6), targets(3)
+    engine = OneRecord(module, views=3, loss_reduction=reduction)
+    with pytest.raises(PrivacyError, match="Expected 3 rows, those of one record, got 2"):
+        engine.expect(2)
+    engine.expect(3)
+    (loss(module, x, y) * (3 if reduction == "sum" else 1)).backward()
+    with engine.paused():
+        loss(module, 5 * x, y).backward()
+    assert engine.norms(3, grouped=True).shape == (1, 2)
+    expected = torch.autograd.grad(loss(module, x, y), [*module.parameters()])
+    for found, gradient in zip(engine.weighted_sum(torch.ones(1, 2)), expected, strict=True):
+        torch.testing.assert_close(found, gradient)
+    engine.remove()
+    assert all(p.grad is None for p in module.parameters())

@@ -1,0 +1,129 @@
+"""Does the loss of a batch couple its records? Asked of autograd alone, whatever the layers are.
+
+With G(S) = |S| · ∇loss(S), the plain mean of what each record alone gives has
+
+    G(a, b) − G(a) = G(c, b) − G(c) = g_b
+
+and what mixes records, or divides by what the batch holds, has not.
+"""
+
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from defend.errors import PrivacyError
+from defend.privacy.checks.changes import changes_of
+from defend.privacy.checks.constant_randomness import ConstantRandomness
+from defend.privacy.checks.step_on_copy import StepOnCopy
+
+# Random numbers at several places of their range, and seeds whose first numbers (numpy's and
+# Python's) lie there too: what is done with a chance of 2% or 98% is met as well.
+PARTS_AND_SEEDS = ((0.37, 35), (0.01, 1751), (0.99, 1470))
+
+_FEWEST, _SECONDS = 4, 0.5  # changes to a record that are tried
+_ROUNDINGS = 64  # of the largest gradient, by which differences may be off
+
+
+def adds_up(copy: StepOnCopy, records: list[Any], part: float, seed: int) -> bool:
+    """Whether G(S) is the sum of the G of each record, at these random numbers.
+
+    Args:
+        copy: the step on a copy of the module.
+        records: S.
+        part: where random tensors stand (`ConstantRandomness`).
+        seed: of the other random numbers.
+    """
+    with ConstantRandomness(part):
+        together = [g * len(records) for g in copy.gradient_together(records, seed)]
+        alone = [copy.gradient_alone(record, seed) for record in records]
+    return copy.difference(together, [sum(parts) for parts in zip(*alone, strict=True)]) is None
+
+
+def coupling(
+    copy: StepOnCopy, one: Any, other: Any, rest: list[Any], part: float = 0.37, seed: int = 0
+) -> tuple[str, float] | None:
+    """Where the gradient of `rest` in a batch depends on what stands before it; None if nowhere.
+
+    Args:
+        copy: the step on a copy of the module.
+        one: a record.
+        other: another one.
+        rest: those that follow the one, and then the other.
+        part: where random tensors stand (`ConstantRandomness`).
+        seed: of the other random numbers.
+    """
+
+    largest: list[float] = []
+
+    def of(records: list[Any]) -> list[Tensor]:
+        found = [g * len(records) for g in copy.gradient_together(records, seed)]
+        largest.append(_norm(found))
+        return found
+
+    def of_rest(first: Any) -> list[Tensor] | None:
+        together, alone = of([first, *rest]), of([first])
+        if not all(bool(g.isfinite().all()) for g in alone):
+            return None  # it says nothing by itself
+        return [a - b for a, b in zip(together, alone, strict=True)]
+
+    with ConstantRandomness(part):
+        found, expected = of_rest(one), of_rest(other)
+    if found is None or expected is None:
+        return None
+    apart = _norm([a - b for a, b in zip(found, expected, strict=True)])
+    kind = torch.bfloat16 if copy.step.half else found[0].dtype
+    finite = all(bool(g.isfinite().all()) for g in (*found, *expected))
+    rounding = _ROUNDINGS * torch.finfo(kind).eps * max(largest)
+    if finite and apart <= rounding:  # an outlier drowns the rest
+        return None
+    return copy.difference(found, expected)
+
+
+def _norm(gradients: list[Tensor]) -> float:
+    return float(torch.stack([g.double().nan_to_num().norm() for g in gradients]).norm())
+
+
+def refuse_coupled(copy: StepOnCopy, records: list[Any], values: list[Counter[int]]) -> None:
+    """Refuse a loss that is no mean of what each record alone gives, to be taken record by record.
+
+    Args:
+        copy: the step on a copy of the module.
+        records: at least three.
+        values: the integers that occur in each field of an item.
+
+    Raises:
+        PrivacyError: names the mode that would train it, and what it would change.
+    """
+    start, (one, other, *rest) = time.perf_counter(), records
+    for part, seed in PARTS_AND_SEEDS:
+        _judge(coupling(copy, one, other, rest[:1], part, seed))
+    _judge(coupling(copy, one, other, rest))
+    for number, change in enumerate(changes_of(one, values)):
+        if number >= _FEWEST and time.perf_counter() - start > _SECONDS:
+            break
+        try:
+            found = coupling(copy, change(one, len(values)), other, rest[:1])
+        except PrivacyError:
+            raise
+        except Exception:  # the step takes no such record
+            continue
+        _judge(found)
+
+
+def _judge(found: tuple[str, float] | None) -> None:
+    if found is not None:
+        raise PrivacyError(
+            "Expected a loss that is the plain mean over rows of what each record alone gives, got "
+            f"one in which a record's part changes by {found[1]:.0%} at `{found[0]}` with the "
+            f"others in the batch. {AS_RECORDS}"
+        )
+
+
+AS_RECORDS = (
+    "Compute each row from its own record, and take the mean. Or set engine='record', which trains "
+    "on another loss: each record's own mean, in a batch of its own, so without in-batch negatives "
+    "and with no weight of one record against another."
+)

@@ -1,0 +1,57 @@
+"""What must hold of a step that runs on one record at a time: nothing goes from one to another."""
+
+from typing import Any
+
+from defend.errors import PrivacyError
+from defend.privacy.checks.comparisons import Comparisons
+from defend.privacy.checks.module_copy import tensors_by_name
+
+
+class RecordComparisons(Comparisons):
+    """The parts of the self-test where each record has a batch of its own.
+
+    No row can meet another one there, and no random number two records. What is left is what a
+    step keeps: while it runs, and until the next one.
+    """
+
+    # The last record's state is what a step leaves.
+    _others = slice(None, -1)
+
+    def all_parts(self, rows: int | None) -> float:
+        """The whole test; returns the largest norm among the records tried, in units of C, ≤ 1."""
+        for turn in range(2):
+            self._after_others(turn)
+        self._replace_one()
+        return 1.0
+
+    def later_parts(self, turn: int) -> None:
+        """What may turn out otherwise later in training."""
+        self._after_others(turn)
+        self._replace_one()
+
+    def _with(self, one: Any, others: list[Any]) -> list[Any]:
+        return [*others, one]
+
+    def _after_others(self, turn: int) -> None:
+        """A record after others, against that record alone; and what they leave."""
+        number = turn % len(self.records)
+        others = self.records[number + 1 :] + self.records[:number]
+        after = [g[-1] for g in self.copy.seeded_gradients([*others, self.records[number]], turn)]
+        alone = self.copy.gradient_alone(self.records[number], turn)
+        left = self._refuse_moved(tensors_by_name(self.copy.module))
+        worst = self.copy.difference(after, alone, same_shapes=True)
+        if worst is not None:
+            raise PrivacyError(
+                "Expected a record's gradient to be the same whatever record the step ran on "
+                f"before, got one that differs by {worst[1]:.0%} at `{worst[0]}`. The step keeps "
+                "something of a record that cannot be put back: a large tensor, an object of a "
+                "library, a file. Keep nothing, or compute it on public data."
+            )
+        self.copy.gradient_alone(self.spare, turn)
+        self._refuse_filled(left, self._refuse_moved(tensors_by_name(self.copy.module)))
+
+    def _judge_attack(self, batch: Any, other: Any) -> None:
+        """Each record is attacked alone."""
+
+    def _refuse_known(self, attacked: Any, steps: int) -> None:
+        """A record may draw what it likes: it tells nothing of another one."""
