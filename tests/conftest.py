@@ -41,6 +41,7 @@ LONGEST = (
     "tests/contracts/test_silent_breaks.py",
     "tests/training/test_memory_retry.py",
     "tests/callbacks/test_resume.py",
+    "tests/callbacks/test_pytorch_lightning.py",
     "tests/training/test_adversarial_fabric.py",
     "tests/callbacks/test_leaks.py",
     "tests/callbacks/test_kept_state.py",

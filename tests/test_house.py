@@ -16,7 +16,8 @@ LIGHT = """
 import sys
 import defend
 from tests.structure import measure
-heavy = {"mlflow", "torchattacks", "matplotlib", "opacus", "sklearn", "pandas", "lightning"}
+heavy = {"mlflow", "torchattacks", "matplotlib", "opacus", "sklearn", "pandas"}
+heavy |= {"lightning", "lightning_fabric", "pytorch_lightning"}
 print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
 """
 

@@ -1,15 +1,19 @@
 """The alarm for catastrophic overfitting, on a Trainer."""
 
-from typing import Any
+from __future__ import annotations
 
-import lightning.pytorch as pl
+import warnings
+from typing import TYPE_CHECKING, Any
+
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from defend.attacks.attack import as_attack
 from defend.errors import InputError
 from defend.evaluation.overfitting import OverfittingAlarm, OverfittingWatch
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 def chosen_watch(alarm: OverfittingAlarm | str | None, attack: Any) -> OverfittingWatch | None:
@@ -72,8 +76,9 @@ def look(
 def warn(watch: OverfittingWatch) -> None:
     """Say that the alarm went off, and what to do."""
     done = "training goes on with PGD" if watch.alarm.switch else "training goes on as it was"
-    rank_zero_warn(
+    warnings.warn(
         "Catastrophic overfitting: the model withstands the cheap attack that it is trained on and "
         f"falls to PGD; {done}. Take more steps, a smaller eps, n_fgsm, or "
-        "alarm=OverfittingAlarm(switch=True)."
+        "alarm=OverfittingAlarm(switch=True).",
+        stacklevel=2,
     )

@@ -1,5 +1,7 @@
 """What all of defend's callbacks share: clean up however a run ends, and leave evidence."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
@@ -8,12 +10,16 @@ import uuid
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
-
+from defend.callbacks._lightning import callback_bases, check_version
 from defend.callbacks._strategy import PatchedStrategy
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import Callback
+else:
+    Callback = type("Callback", callback_bases(), {})
 
 # An `Attack`, under a name by which LightningCLI builds one from a class path: jsonargparse takes
 # a protocol of a function that returns tensors for one of classes that are tensors.
@@ -103,6 +109,7 @@ class DefendCallback(Callback):
             _evidence.log_card(trainer, _gather(trainer, "settings"), _gather(trainer, "results"))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_version(trainer)
         self._is_rank_zero = trainer.is_global_zero
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

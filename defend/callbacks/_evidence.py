@@ -1,21 +1,21 @@
 """Hand what the callbacks gathered to MLflow, where the trainer logs to MLflow."""
 
-from typing import Any
+from __future__ import annotations
 
-import lightning.pytorch as pl
-from lightning.pytorch.loggers import MLFlowLogger
+from typing import TYPE_CHECKING, Any
 
+from defend.callbacks._lightning import is_made_from
 from defend.tracking.card import render_card
 from defend.tracking.mlflow import RunLog
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 def run_logs(trainer: pl.Trainer) -> list[RunLog]:
     """The MLflow runs that the trainer logs to; none with other loggers, or without one."""
-    return [
-        RunLog(logger.experiment, str(logger.run_id))
-        for logger in trainer.loggers
-        if isinstance(logger, MLFlowLogger)
-    ]
+    loggers: list[Any] = [x for x in trainer.loggers if is_made_from(x, "MLFlowLogger")]
+    return [RunLog(logger.experiment, str(logger.run_id)) for logger in loggers]
 
 
 def tag_private(trainer: pl.Trainer, settings: dict[str, Any]) -> None:

@@ -1,28 +1,32 @@
 """The user's hooks around a step, tried out on copies of the callbacks and of the module."""
 
+from __future__ import annotations
+
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from defend.batching.digest import digest, same
+from defend.callbacks._lightning import is_made_from
 from defend.callbacks._trial_trainer import TrialClock, trial_trainer
 from defend.privacy.checks.state_watch import StateWatch, change_published
 from defend.privacy.mechanism.generators import generators_in
+from defend.privacy.mechanism.libraries import LIGHTNING, package
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import Callback
 
 BEFORE = ("on_train_batch_start",)
 INSIDE = ("on_before_backward", "on_after_backward")
-_LIBRARIES = (
-    "lightning", "pytorch_lightning", "defend", "mlflow", "optuna", "ray", "torch", "wandb",
-)  # fmt: skip
+_LIBRARIES = {*LIGHTNING, "defend", "mlflow", "optuna", "ray", "torch", "wandb"}
 
 
 def users_callbacks(trainer: pl.Trainer) -> list[Callback]:
@@ -32,7 +36,7 @@ def users_callbacks(trainer: pl.Trainer) -> list[Callback]:
     return [
         c
         for c, kind in kinds
-        if kind.__name__ == "LambdaCallback" or kind.__module__.partition(".")[0] not in _LIBRARIES
+        if kind.__name__ == "LambdaCallback" or package(kind) not in _LIBRARIES
     ]
 
 
@@ -80,8 +84,8 @@ class UsersHooks:
     def averages(self) -> bool:
         """Whether Lightning itself puts averages of the weights in their place at the end."""
         callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
-        names = {kind.__name__ for c in callbacks for kind in type(c).__mro__}
-        return not names.isdisjoint({"WeightAveraging", "StochasticWeightAveraging"})
+        names = ("WeightAveraging", "StochasticWeightAveraging")
+        return any(is_made_from(c, *names) for c in callbacks)
 
     def see_batches(self) -> bool:
         """Whether any hook sees a batch before the step."""
@@ -100,13 +104,13 @@ class UsersHooks:
         trial = self._trials.pop(id(module), None)
         self.asked |= trial is not None and trial.clock.asked
 
-    def trial(self, module: nn.Module) -> "_Trial":
+    def trial(self, module: nn.Module) -> _Trial:
         """What a copy of the module is tried in."""
         if id(module) not in self._trials:
             self._trials[id(module)] = self._new_trial(module)
         return self._trials[id(module)]
 
-    def _new_trial(self, module: nn.Module) -> "_Trial":
+    def _new_trial(self, module: nn.Module) -> _Trial:
         trainer, back = self._trainer, bool(self.after)  # then it begins with the step before
         number, epoch = self._batches[back and not self.ended]
         clock = TrialClock(trainer.global_step - back, number, epoch, trainer.num_training_batches)
@@ -151,7 +155,7 @@ class UsersHooks:
             trial.clock.end_batch()
             self._run(trial, {"on_train_epoch_start": ()})
 
-    def _update(self, trial: "_Trial", loss: Any) -> None:
+    def _update(self, trial: _Trial, loss: Any) -> None:
         """The module's own `optimizer_step`; its optimizer moves nothing."""
         if _overrides(trial.module, "optimizer_step"):
             clock, optimizer = trial.clock, trial.trainer.strategy._lightning_optimizers[0]
@@ -169,7 +173,7 @@ class UsersHooks:
         yield
         self.kept |= set(watch.take()) & names
 
-    def _run(self, trial: "_Trial", hooks: dict[str, tuple[Any, ...]]) -> None:
+    def _run(self, trial: _Trial, hooks: dict[str, tuple[Any, ...]]) -> None:
         self.untried = self.untried or trial.untried
         if not trial.apart:  # they would move the optimizers of the fit
             return
@@ -270,7 +274,7 @@ def _as_outputs(output: Any) -> dict[str, Any]:
 def _overrides(owner: Any, hook: str) -> bool:
     """Whether a hook is the user's: not one of Lightning's, nor one that does nothing."""
     found = getattr(owner, hook, None)
-    return (getattr(found, "__module__", None) or "").partition(".")[0] not in ("", *_LIBRARIES)
+    return package(found) not in ("", *_LIBRARIES)
 
 
 def _stand_still(closure: Callable[[], Any] | None = None, **_: Any) -> Any:

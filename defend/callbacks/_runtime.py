@@ -1,22 +1,25 @@
 """What the loop of a Trainer does in its own way."""
 
+from __future__ import annotations
+
 import dis
 import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
 from defend.batching.records import RecordBatches
 from defend.callbacks._hooks import UsersHooks, users_callbacks
+from defend.callbacks._lightning import is_module, silent_logger, takes_batch_idx
 from defend.training.outputs import without_graph
 from defend.training.runtime import Context
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 class TrainerRuntime:
@@ -76,7 +79,7 @@ class TrainerRuntime:
     def forward_on(self, module: nn.Module, batch: Any) -> Any:
         """The `training_step` of a copy of the module."""
         with self._at_work(module) as copy, self._trainer.precision_plugin.train_step_context():
-            takes_index = is_param_in_hook_signature(copy.training_step, "batch_idx", min_args=2)
+            takes_index = takes_batch_idx(self._trainer, copy.training_step)
             clock = self.hooks.trial(module).clock
             clock.asked |= takes_index and _uses(copy.training_step, "batch_idx")
             output = copy.training_step(batch, *([clock.batch_idx] if takes_index else []))
@@ -114,7 +117,7 @@ class TrainerRuntime:
     @contextmanager
     def _at_work(self, module: nn.Module) -> Iterator[pl.LightningModule]:
         """Inside, a copy of the module is in a trainer, and without a voice."""
-        assert isinstance(module, pl.LightningModule)
+        assert is_module(module)
         trainer, log = module._trainer, vars(module).get("log")
         module.trainer = self.hooks.trial(module).trainer
         module.log = _log_nothing  # type: ignore[method-assign]
@@ -129,7 +132,7 @@ class TrainerRuntime:
     @contextmanager
     def silenced(self) -> Iterator[None]:
         loggers = self._trainer.loggers
-        self._trainer.loggers = [DummyLogger() for _ in loggers]
+        self._trainer.loggers = [silent_logger(self._trainer) for _ in loggers]
         try:
             yield
         finally:

@@ -1,15 +1,20 @@
 """What a Trainer says about a run before its first step, and what is told of errors later."""
 
+from __future__ import annotations
+
 import inspect
 import math
 import traceback
+from typing import TYPE_CHECKING
 
-import lightning.pytorch as pl
-
+from defend.callbacks._lightning import overrides
 from defend.errors import InputError, PrivacyError
 from defend.privacy.checks.preconditions import Setup
 from defend.privacy.checks.setup import kind_of_strategy
 from defend.privacy.mechanism.generators import is_users_module
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 def refuse_warmup_without_an_end(trainer: pl.Trainer, warmup_epochs: float) -> None:
@@ -35,7 +40,7 @@ def trainer_facts(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Setup:
         precision=trainer.precision,
         strategy=kind_of_strategy(type(trainer.strategy)),
         automatic_optimization=pl_module.automatic_optimization,
-        overrides_backward=type(pl_module).backward is not pl.LightningModule.backward,
+        overrides_backward=overrides(pl_module, "backward"),
         compiled=getattr(pl_module, "_compiler_ctx", None) is not None,
         takes_dataloader_iter="dataloader_iter"
         in inspect.signature(pl_module.training_step).parameters,

@@ -10,13 +10,14 @@ batch then is in `defend.training.step`.
 A fourth one is for metrics: what `self.log` hands to the training loop's results.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import lightning.pytorch as pl
 import torch
 
 from defend.batching.records import RecordBatches
@@ -26,6 +27,9 @@ from defend.training.adversarial import AdversarialSteps
 from defend.training.private import PrivateFit
 from defend.training.private_data import PrivateData
 from defend.training.step import TrainingStep
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 class AdversaryHooks(Protocol):
@@ -92,7 +96,7 @@ class PatchedStrategy:
         self._on_validation_end = trainer.strategy.on_validation_end
 
     @classmethod
-    def of(cls, trainer: pl.Trainer) -> "PatchedStrategy":
+    def of(cls, trainer: pl.Trainer) -> PatchedStrategy:
         """The trainer's; wrapped now if it is not yet."""
         wrapped = vars(trainer.strategy).get("training_step")
         patched = getattr(wrapped, "__self__", None)

@@ -1,14 +1,18 @@
 """A trainer for trials on a copy of its module: what is written to it stays there."""
 
+from __future__ import annotations
+
 import copy
-import functools
 import tempfile
 from collections import defaultdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
+
+from defend.callbacks._lightning import before, silent_logger
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 class TrialTrainer:
@@ -18,7 +22,7 @@ class TrialTrainer:
         clock: of the trial.
     """
 
-    clock: "TrialClock"
+    clock: TrialClock
 
     @property
     def global_step(self) -> int:
@@ -75,8 +79,8 @@ class TrialClock:
         return self._batch
 
 
-class _Logger(DummyLogger):
-    """Swallows everything, and has a place and a name as others have."""
+class TrialLogger:
+    """Before the class of a logger that swallows everything: it has a place and a name."""
 
     name = version = "trial"
 
@@ -99,9 +103,9 @@ def trial_trainer(
         whole: whether optimizers and schedulers are to be copies, too, since hooks run.
     """
     found: Any = copy.copy(trainer)
-    found.__class__ = _class_of(found.__class__)
+    found.__class__ = before(TrialTrainer, found.__class__)
     found.clock = clock
-    found.loggers = [_Logger() for _ in trainer.loggers]
+    found.loggers = [silent_logger(trainer, TrialLogger) for _ in trainer.loggers]
     found._accelerator_connector = copy.copy(trainer._accelerator_connector)
     found._accelerator_connector.strategy = strategy = _strategy_on(trainer.strategy, module)
     found._data_connector = copy.copy(trainer._data_connector)
@@ -116,11 +120,6 @@ def trial_trainer(
         strategy.optimizers = [_optimizer_on(o, memo) for o in trainer.optimizers]
         strategy.lr_scheduler_configs = copy.deepcopy(trainer.lr_scheduler_configs, memo)
     return found
-
-
-@functools.cache
-def _class_of(kind: Any) -> type[Any]:
-    return type("TrialTrainer", (TrialTrainer, kind), {})
 
 
 def _strategy_on(strategy: Any, module: nn.Module) -> Any:

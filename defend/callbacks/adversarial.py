@@ -1,10 +1,11 @@
 """Adversarial training of an unmodified LightningModule."""
 
+from __future__ import annotations
+
 import contextlib
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
 
 from defend.attacks.attack import TrainingAttack
@@ -21,6 +22,9 @@ from defend.objectives import Madry, Objective
 from defend.training.adversarial import AdversarialSteps
 from defend.training.config import Adversarial, settings_from
 from defend.training.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 class AdversarialTraining(DefendCallback):
@@ -225,7 +229,7 @@ class AdversarialTraining(DefendCallback):
             alarm = _alarm.look(watch, trainer, pl_module, x, y, generator)
         if not alarm:
             return
-        if not self._warned:
+        if trainer.is_global_zero and not self._warned:
             _alarm.warn(watch)
             self._warned = True
         self._switch(True)

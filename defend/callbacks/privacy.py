@@ -1,11 +1,12 @@
 """DP-SGD for an unmodified LightningModule: a thin shell over `defend.training`."""
 
+from __future__ import annotations
+
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
 
 from defend.callbacks._base import DefendCallback
@@ -29,6 +30,9 @@ from defend.training.private import PrivateFit, PrivateTraining
 from defend.training.private_data import PrivateData
 from defend.training.processes import Processes
 from defend.training.reporting import PrivacyReport
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 EPSILON = "privacy/epsilon"
 LEDGERS = "privacy_ledgers"

@@ -1,15 +1,16 @@
 """Robust accuracy on the validation data, while training."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import itertools
 import math
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from defend.attacks.attack import as_attack
@@ -20,6 +21,9 @@ from defend.errors import InputError
 from defend.evaluation.answers import check_attacks
 from defend.evaluation.curve import curve_of_batches
 from defend.evaluation.robustness import RobustnessMeter, RobustnessReport
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 # Radii of the robustness curve, in units of the attack's own eps.
 _CURVE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -185,11 +189,12 @@ class RobustnessEvaluation(DefendCallback):
         # place. And before the evidence is written, which has the curve.
         if trainer.is_global_zero:
             if self._latest.weights != _digest(pl_module):
-                rank_zero_warn(
+                warnings.warn(
                     f"Training ended at step {trainer.global_step} without a robustness evaluation "
                     f"of the final weights; the last one was at step {max(self._latest.step, 0)}, "
                     "and the weights have changed since. Run trainer.validate, or set "
-                    "every_n_epochs=1."
+                    "every_n_epochs=1.",
+                    stacklevel=2,
                 )
             self._measure_curves(trainer, pl_module)
         super().on_fit_end(trainer, pl_module)

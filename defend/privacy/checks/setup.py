@@ -26,6 +26,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from defend.privacy.mechanism.libraries import lightning_kinds
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -187,7 +189,6 @@ def several_closures(setup: Setup) -> str | None:
 
 
 STRATEGIES = {"SingleDeviceStrategy", "DDPStrategy"}
-_LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
 PRECISIONS = {"32-true", "32", 32, "64-true", "64", 64, "bf16-mixed"}
 _INCOMPATIBLE_CALLBACKS = {
     "LearningRateFinder",
@@ -340,5 +341,4 @@ def kind_of_strategy(strategy: type) -> str:
 
     The nearest one: DeepSpeed's is made from DDP's, and is no DDP.
     """
-    own = (kind for kind in strategy.__mro__ if kind.__module__.partition(".")[0] in _LIGHTNING)
-    return next(own, strategy).__name__
+    return next(lightning_kinds(strategy), strategy).__name__

@@ -22,6 +22,7 @@ from numpy.random import RandomState
 from torch import Tensor
 
 from defend.errors import PrivacyError
+from defend.privacy.mechanism.libraries import CLOSED, LIBRARIES, package
 
 Generator = torch.Generator | np.random.Generator | np.random.BitGenerator | RandomState | Random
 
@@ -153,13 +154,6 @@ def _bits_of(generator: Any) -> Any:
 _MOST_VISITED = 20_000  # objects; nearest first, so what is left out lies deep in large data
 _MOST_ITEMS = 1_000  # of one container
 _LEAVES = (str, bytes, int, float, complex, Tensor, np.ndarray, type(None), random.SystemRandom)
-# Code of these draws from generators that it is given, or from the global ones.
-_LIBRARIES = sys.stdlib_module_names | {
-    "defend", "lightning", "lightning_fabric", "numpy", "opacus", "pytorch_lightning", "torch",
-    "torchattacks", "torchvision", "torchmetrics", "transformers", "timm", "peft", "scipy",
-    "sklearn", "pandas", "matplotlib", "tqdm", "PIL", "huggingface_hub", "safetensors",
-}  # fmt: skip
-_CLOSED = {"defend", "lightning", "lightning_fabric", "pytorch_lightning", "mlflow"}
 
 
 def generators_in(roots: Iterable[Any], skip: Iterable[Any] = ()) -> list[Generator]:
@@ -198,7 +192,7 @@ def objects_in(
             continue
         seen[id(value)] = value
         yield value
-        open_to_us = id(value) in first or _package(type(value)) not in _CLOSED
+        open_to_us = id(value) in first or package(type(value)) not in CLOSED
         if users_only and isinstance(value, type | types.FunctionType) and not is_users(value):
             continue
         if open_to_us and not isinstance(value, Generator):
@@ -215,12 +209,7 @@ def is_users_module(name: str) -> bool:
     """Whether a module is the user's, by its name."""
     file = getattr(sys.modules.get(name), "__file__", None) or ""
     installed = "site-packages" in file or "dist-packages" in file
-    return not installed and name.partition(".")[0] not in _LIBRARIES
-
-
-def _package(part: Any) -> str:
-    """The package that a class or a function is of."""
-    return (getattr(part, "__module__", None) or "").partition(".")[0]
+    return not installed and name.partition(".")[0] not in LIBRARIES
 
 
 def _parts(value: Any) -> Iterator[Any]:
@@ -238,12 +227,12 @@ def _parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, property):
         yield value.fget
     if isinstance(value, type):
-        if _package(value) not in _LIBRARIES:
+        if package(value) not in LIBRARIES:
             yield from (_of_class(part, None) for part in vars(value).values())
     elif not isinstance(value, types.ModuleType):
         yield from _some(getattr(value, "__dict__", {}).values())
         for kind in type(value).__mro__:
-            if _package(kind) not in _LIBRARIES:
+            if package(kind) not in LIBRARIES:
                 yield from (_of_class(part, value) for part in vars(kind).values())
 
 
@@ -268,7 +257,7 @@ def _parts_of_function(function: types.FunctionType) -> Iterator[Any]:
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty one
             yield cell.cell_contents
-    if _package(function) in _LIBRARIES:
+    if package(function) in LIBRARIES:
         return
     names = set(names_in(function.__code__))
     for name in names & function.__globals__.keys():
@@ -279,7 +268,7 @@ def _named(value: Any, names: set[str]) -> Iterator[Any]:
     """A global; of a module what the code may mean by `helpers.rng` and `package.helpers.draw`."""
     if not isinstance(value, types.ModuleType):
         yield value
-    elif value.__name__.partition(".")[0] not in _LIBRARIES:
+    elif value.__name__.partition(".")[0] not in LIBRARIES:
         for name in names & vars(value).keys():
             part = vars(value)[name]
             if part is not value:
