@@ -50,6 +50,7 @@ class Privacy(Execution):
     noise_schedule: Schedule | None = None
     clip_schedule: Schedule | None = None
     ledger: str | Path | bool | None = None
+    data_id: str | None = None
     selftest: bool = True
     secure_noise: bool = False
     insecure_seed: int | None = None
@@ -72,6 +73,11 @@ class Privacy(Execution):
             raise InputError(
                 "Expected `ledger` to be None (in the default place), a path, or False (none), "
                 "got True."
+            )
+        if self.data_id is not None and not (isinstance(self.data_id, str) and self.data_id):
+            raise InputError(
+                f"Expected `data_id` to be a name of the data set, got {self.data_id!r}. Leave it "
+                "out to have the data told by their content."
             )
         # Refuses a bad seed, and a secure generator that is not installed.
         Randomness(self.insecure_seed, secure=self.secure_noise)

@@ -28,7 +28,7 @@ from defend.privacy.accounting.history import History, Segment
 
 Entry = dict[str, Any]  # a line: its kind ("ledger", "fit", "step" or "note"), and what that has
 
-_HEAD = b'{"kind": "ledger", "version": 1, "id": "'  # how every ledger starts
+HEAD = b'{"kind": "ledger", "version": 1, "id": "'  # how every ledger starts
 _SEAL = b', "digest": "%s"}'  # how every line ends
 _SEAL_LENGTH = len(_SEAL % (b"0" * 64))
 _SETTINGS = ("noise_multiplier", "sample_rate", "max_grad_norm")
@@ -163,7 +163,7 @@ def verify(
     Raises:
         PrivacyError: if it is no ledger, edited, cut short, another one, or empty.
     """
-    if not raw.startswith(_HEAD) and not _HEAD.startswith(raw):  # torn in its first line
+    if not raw.startswith(HEAD) and not HEAD.startswith(raw):  # torn in its first line
         raise PrivacyError(
             f"Expected a privacy ledger of version 1, got {path}, which does not start like one. "
             "Give the path of the ledger, or one where no file is yet."
