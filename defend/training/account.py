@@ -58,9 +58,9 @@ class Account:
     def open(
         self,
         processes: Processes,
-        *,
         module: nn.Module,
         data: DataIdentity,
+        *,
         sample_rate: float,
         planned: float,
         done: int,
@@ -69,6 +69,14 @@ class Account:
 
         If the module's weights are known from a training on the same data, the account of that
         training goes on (`defend.training.one_account`).
+
+        Args:
+            processes: this one among all.
+            module: the model, as it is before the fit.
+            data: what it trains on.
+            sample_rate: q of this fit.
+            planned: steps of the whole training, those done included; inf for no end.
+            done: steps of that plan taken before, by a run that is resumed.
 
         Raises:
             PrivacyError: if the ledger is missing, locked or changed; see `Ledger.open`. If another

@@ -149,16 +149,11 @@ class PrivateTraining:
             # same on all ranks, and the same again in the next run.
             if settings.insecure_seed is None:
                 data.sampler.before_batch = stack.enter_context(dry_run.secret_numbers())
-            account = stack.enter_context(
-                self.account.open(
-                    processes,
-                    module=module,
-                    data=data.identity(),
-                    sample_rate=data.sampler.sample_rate,
-                    planned=planned,
-                    done=done,
-                )
+            known, rate = data.identity(), data.sampler.sample_rate
+            opening = self.account.open(
+                processes, module, known, sample_rate=rate, planned=planned, done=done
             )
+            account = stack.enter_context(opening)
             # Now, not after steps that are charged.
             budget, learns = account.budget, settings.clipping.learns
             for sigma in budget.planned_noise if learns else {budget.next_noise}:

@@ -22,6 +22,7 @@ from torch import Tensor
 _BLOCK = 2**24  # elements that are copied at a time
 _FILES = 100_000  # whose sizes are looked up, evenly spread over longer lists
 _ROWS = 1024  # that are read of an array that lies on disk
+_LINES = 10_000  # of a list that are written out at a time
 _DEPTH = 6  # of containers in containers
 _WRITERS = {"append", "extend", "insert", "update", "setdefault", "add", "pop", "remove", "put"}
 
@@ -180,18 +181,24 @@ def _size(name: str) -> int:
 
 
 def _of_plain(values: Sequence[Any]) -> Leaf | None:
-    """Anything made of numbers, strings, tensors and arrays; None where something else is in it."""
-    kinds = set(map(type, values))
-    if kinds in ({int}, {float}, {str}):  # at once: a fifth of the time of one by one
-        text = json.dumps(values).encode()
-        return hashlib.sha256(text).hexdigest(), len(text)
-    sha, size = hashlib.sha256(), 0
-    try:
-        for token in _tokens(values, _DEPTH):
-            sha.update(token)
-            size += len(token)
-    except TypeError:
+    """Anything made of numbers, strings, tensors and arrays; None where something else is in it.
+
+    None too where there is no value for some record: a cache that is not full yet.
+    """
+    if any(value is None for value in values):
         return None
+    sha, size = hashlib.sha256(), 0
+    for first in range(0, len(values), _LINES):
+        block = values[first : first + _LINES]
+        try:
+            text = json.dumps(block).encode()  # ten times as fast
+        except (TypeError, ValueError, RecursionError):
+            try:
+                text = b"".join(_tokens(block, _DEPTH))
+            except TypeError:
+                return None
+        sha.update(text)
+        size += len(text)
     return sha.hexdigest(), size
 
 
@@ -199,9 +206,9 @@ def _tokens(value: Any, depth: int) -> Iterator[bytes]:
     """A value as bytes that no other value has.
 
     Raises:
-        TypeError: for a value that is no content, None among them: a cache that is not full yet.
+        TypeError: for a value that is no content.
     """
-    if isinstance(value, str | bool | int | float | bytes | PurePath | np.generic):
+    if value is None or isinstance(value, str | int | float | bytes | PurePath | np.generic):
         plain = value.item() if isinstance(value, np.generic) else value
         text = str(plain) if isinstance(plain, PurePath) else repr(plain)
         yield f"{len(text)}:{text}".encode()

@@ -92,7 +92,7 @@ def known_to(path: Path) -> Known | None:
         return None
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def _read(path: Path, *state: int) -> Known | None:  # noqa: ARG001
     """Once for each state of a file: only the few lines that are not steps are looked into."""
     raw = path.read_bytes()
