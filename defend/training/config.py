@@ -36,6 +36,9 @@ class Execution:
 class Privacy(Execution):
     """Settings of DP-SGD. `DifferentialPrivacy` says what each of them means.
 
+    With `data_id` you promise that equal names are equal data, and that data under other names
+    share no record.
+
     Raises:
         InputError: for settings out of range.
     """

@@ -11,7 +11,8 @@ checkpoint; and, as there is no key, whoever computes the whole file and the anc
 guard against accidents and careless edits. For more, keep the newest anchor where the trainer
 cannot write.
 
-The lines hold settings and counts, no seeds and no noise.
+The lines hold settings and counts, digests of the data and of released weights (lines of kind
+"note", which older versions pass over), no seeds and no noise.
 """
 
 import hashlib
