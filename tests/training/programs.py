@@ -74,13 +74,13 @@ def plain(world, *, records=64, batch=16, epochs=2, lr=0.05, loss=mean_loss, wra
     """`make_private` in a plain loop, under DDP if there are several processes."""
     torch.manual_seed(0)
     model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     records = data(records)
     shards = DistributedSampler(records) if sharded and world > 1 else None
     loader = DataLoader(records, batch_size=batch // world, sampler=shards)
     wrapped = DistributedDataParallel(model) if world > 1 and wrap else model
     settings = {**SETTINGS, **settings}
     for _ in range(trainings):
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
         run = private_loop(wrapped, optimizer, loader, loss=loss, epochs=epochs, **settings)
         with run as private:
             spoil(private)

@@ -6,6 +6,7 @@ what the data set's own `__getitem__` writes to is no content, however it looks.
 """
 
 import ast
+import functools
 import hashlib
 import inspect
 import json
@@ -232,10 +233,11 @@ def _tokens(value: Any, depth: int) -> Iterator[bytes]:
 def _written_names(kind: type[Any]) -> set[str]:
     """Attributes that a class writes to where it gives records: counters and caches.
 
-    Found in the source of `__getitem__`, and of the methods that it names; none where there is no
-    source to be read.
+    Found in the source of `__getitem__`, and of the methods that it names; where there is no source
+    to be read, only cached properties are found.
     """
-    written: set[str] = set()
+    members = {name: value for each in kind.__mro__ for name, value in vars(each).items()}
+    written = {n for n, value in members.items() if isinstance(value, functools.cached_property)}
     seen: set[str] = set()
     ahead = ["__getitem__", "__getitems__"]
     while ahead:
@@ -252,11 +254,13 @@ def _written_names(kind: type[Any]) -> set[str]:
 
 def _source_of(found: Any) -> ast.AST | None:
     """The syntax of a method or a property of the user's."""
-    function = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
+    for inner in ("fget", "func", "__func__"):  # properties, cached ones, and static methods
+        found = getattr(found, inner, None) or found
+    function = inspect.unwrap(found) if callable(found) else found
     if not inspect.isfunction(function):
         return None
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return None
 

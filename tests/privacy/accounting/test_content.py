@@ -94,7 +94,7 @@ class Counting(Dataset):
         self.cache, self.order, self.memory = [0.0] * N, [], {}
         self.calls, self.transform, self.target_transform = 0, torch.nn.ReLU(), None
         self.generator, self.np_generator = torch.Generator(), np.random.default_rng()
-        self.halves, self.lazy = [0.0] * N, None
+        self.halves, self.counted, self.lazy = [0.0] * N, [0] * N, None
 
     def __len__(self):
         return N
@@ -104,6 +104,14 @@ class Counting(Dataset):
         if self.lazy is None:
             self.lazy = torch.ones(N)
         return self.lazy
+
+    @functools.cached_property
+    def scaled(self):
+        return self.x * 2
+
+    @functools.lru_cache  # noqa: B019
+    def _count(self, index):
+        self.counted[index] = index
 
     def _remember(self, index, value):
         cache = self.cache
@@ -117,7 +125,8 @@ class Counting(Dataset):
         self.last[index].add_(1)
         self.halves[index] = float(self.x[index].clone().mul_(0.5).sum())
         value = self.transform(self.x[index]) + torch.rand(4, generator=self.generator)
-        self._remember(index, value)
+        self._remember(index, value + self.scaled[index])
+        self._count(index)
         item = {}
         item["x"], item["y"] = value * self.loaded[index], self.y[index]
         return item
