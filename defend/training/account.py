@@ -17,7 +17,7 @@ from defend.privacy.accounting.history import History
 from defend.privacy.accounting.known_weights import data_facts, moved_weights
 from defend.privacy.accounting.ledger import Anchor, Ledger
 from defend.training.config import Privacy
-from defend.training.one_account import THIS_PROCESS, Asked, Beginning, begin
+from defend.training.one_account import THIS_PROCESS, Asked, Beginning, begin, is_collecting
 from defend.training.processes import Processes
 
 
@@ -220,6 +220,8 @@ class FitAccount:
         """
         module, fit = self._module, self.budget.name
         if module is None or fit not in self.budget.budget.fits:  # it is over, or took no step
+            return
+        if is_collecting():  # nobody has the weights any more, or had them when a pass ended
             return
         if self._account.path is not None and all(ledger.closed for ledger in self.ledgers):
             return  # another process writes it, or a write has failed

@@ -6,6 +6,8 @@ has used. Where it was trained on the same data before, the account of that trai
 """
 
 import atexit
+import gc
+import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +59,25 @@ class ThisProcess:
 
 THIS_PROCESS = ThisProcess()
 atexit.register(THIS_PROCESS.note_open)  # of loops that nobody closed
+
+_collecting = False
+
+
+def _note_collection(phase: str, _: object) -> None:
+    global _collecting
+    _collecting = phase == "start"
+
+
+gc.callbacks.append(_note_collection)
+
+
+def is_collecting() -> bool:
+    """Whether Python gathers what nobody holds, loops that nobody closed among it.
+
+    A generator's `finally` runs then, too. PyTorch aborts the process where it touches tensors
+    that are about to go (2.13, `use_count() == 1` in THPVariable_clear).
+    """
+    return _collecting or sys.is_finalizing()
 
 
 @dataclass(frozen=True)
