@@ -20,6 +20,8 @@ from defend.training.config import Privacy
 from defend.training.one_account import THIS_PROCESS, Asked, Beginning, begin, is_collecting
 from defend.training.processes import Processes
 
+_PARAMETERS_A_STEP = 16  # of one step's share of a line of weights, at the ends of passes
+
 
 class Account:
     """A `Budget` and the ledger that each of its charges is written to first. It outlives fits.
@@ -175,6 +177,7 @@ class FitAccount:
         self._facts = data_facts(data, beginning.before)
         self._origins = {budget.name: data, **beginning.before}
         self._noted: set[str] = set()
+        self._noted_at = budget.next_step
 
     def begin(self, processes: Processes, **facts: Any) -> None:
         """Head this fit's steps in the ledger with what holds for all of them."""
@@ -231,6 +234,16 @@ class FitAccount:
             THIS_PROCESS.note_moved(named[name], self._start[name], fit, self._origins)
         self._write(moved)
         self._write(moved_weights(more, self._start))
+
+    def note_pass(self, *, last: bool) -> None:
+        """The same at the end of a pass over the data: not at each, if passes are short.
+
+        A line of weights is as long as some steps; so it waits for that many.
+        """
+        taken = self.budget.next_step - self._noted_at
+        if last or taken >= len(self._start) / _PARAMETERS_A_STEP:
+            self.note_weights()
+            self._noted_at = self.budget.next_step
 
     def _write(self, weights: Mapping[str, str]) -> None:
         new = {name: digest for name, digest in weights.items() if digest not in self._noted}

@@ -98,7 +98,7 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
     def _end_pass(self) -> None:
         if self._open is not None:
             self._open[-1].end_pass()
-            self._open[-1].account.note_weights()
+            self._open[-1].account.note_pass(last=self.exhausted)
 
     def _refuse_kept_state(self, fit: PrivateFit) -> None:
         if not self._training.settings.selftest:

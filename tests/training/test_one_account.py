@@ -217,6 +217,20 @@ class Fails(Callback):
             raise RuntimeError("on purpose")
 
 
+def test_short_passes_do_not_fill_the_ledger(tmp_path):
+    """A line of 40 parameters waits for three steps; the last one does not."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(20)))
+    whole = DataLoader(data(24), batch_size=24)
+    loop = private(model, sgd(model), whole, epochs=10)
+    with loop:
+        for _ in range(10):
+            for batch in loop.loader:
+                loop.step(batch)
+            if loop.exhausted:
+                kinds = [line["kind"] for line in read_ledger(loop.ledger_path)[2:]]
+    assert kinds == [*["step", "step", "step", "note"] * 3, "step", "note"]
+
+
 # --- what is refused, and the way forward ---------------------------------------------------------
 
 
