@@ -7,7 +7,8 @@ methods of the strategy. They are wrapped once a trainer, on the instance, and c
 what they want done; so their order in the list of callbacks changes nothing. What is done with a
 batch then is in `defend.training.step`.
 
-A fourth one is for metrics: what `self.log` hands to the training loop's results.
+Two more tell when a validation is over, and what a checkpoint holds. One is for metrics: what
+`self.log` hands to the training loop's results.
 """
 
 from __future__ import annotations
@@ -66,6 +67,9 @@ class PrivacyHooks(Protocol):
     def around_backward(self, loss: torch.Tensor) -> contextlib.AbstractContextManager[None]:
         """Entered around the backward of each chunk, and the hooks before and after it."""
 
+    def note_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Told of each checkpoint, as all hooks left it, before it is saved."""
+
     def note_validation_end(self) -> None:
         """Told when all hooks of a validation ran."""
 
@@ -94,6 +98,7 @@ class PatchedStrategy:
         self._backward = trainer.strategy.backward
         self._process_dataloader = trainer.strategy.process_dataloader
         self._on_validation_end = trainer.strategy.on_validation_end
+        self._save_checkpoint = trainer.strategy.save_checkpoint
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> PatchedStrategy:
@@ -111,6 +116,7 @@ class PatchedStrategy:
         trainer.strategy.on_validation_end = (  # type: ignore[method-assign]
             patched.on_validation_end
         )
+        trainer.strategy.save_checkpoint = patched.save_checkpoint  # type: ignore[method-assign]
         results = trainer.fit_loop.epoch_loop._results
         patched._log = results.log
         results.log = patched.log
@@ -134,6 +140,7 @@ class PatchedStrategy:
             (trainer.strategy, "backward"),
             (trainer.strategy, "process_dataloader"),
             (trainer.strategy, "on_validation_end"),
+            (trainer.strategy, "save_checkpoint"),
             (trainer.fit_loop.epoch_loop._results, "log"),
         ]
         for owner, name in places:
@@ -187,6 +194,12 @@ class PatchedStrategy:
         self._on_validation_end()
         if self.privacy is not None:
             self.privacy.note_validation_end()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Stands in for `strategy.save_checkpoint`, which gets what all hooks made of it."""
+        if self.privacy is not None:
+            self.privacy.note_checkpoint(checkpoint)
+        self._save_checkpoint(checkpoint, *args, **kwargs)
 
     def log(self, fx: str, name: str, *args: Any, **kwargs: Any) -> None:
         """Stands in for the training results' `log`."""

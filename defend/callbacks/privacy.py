@@ -93,7 +93,12 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
         noise_schedule: step → factor on σ, such as `Decay(0.999)`; accounted step by step.
         clip_schedule: step → factor on C.
         ledger: a path; None: `privacy_ledgers/` under the Trainer's `default_root_dir`, under a
-            name that checkpoints know; False: none, so ε holds only what checkpoints know.
+            name that checkpoints know; False: none, so ε holds only what checkpoints know. Where
+            the model's weights are known from a training on the same data, the ledger of that
+            training goes on, and ε is that of both (`docs/one_account.md`).
+        data_id: a name for the training data, to tell whether two runs are on the same; None: they
+            are told by their content where that is found (`defend.privacy.data_digest`). You
+            promise that equal names are equal data, and other names data that share no record.
         selftest: False leaves the self-test out; you then answer for the step yourself.
         engine: "hooks" takes the gradients of all records of a chunk from one backward; "record"
             runs the step on each record alone, in a batch of its own, which is right for any layer,
@@ -128,6 +133,7 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
         noise_schedule: Schedule | None = None,
         clip_schedule: Schedule | None = None,
         ledger: str | Path | bool | None = None,
+        data_id: str | None = None,
         selftest: bool = True,
         engine: str = "auto",
         secure_noise: bool = False,
@@ -221,6 +227,9 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._data is None:
             trainer.fit_loop.setup_data()  # unless the optimizer's scheduler asked for it already
+        if trainer.ckpt_path is not None:
+            near = Path(trainer.ckpt_path).parent
+            self._training.account.folders = (near, near / LEDGERS)
         planned = trainer.estimated_stepping_batches
         check(
             Setup(
@@ -322,6 +331,13 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._fit is not None:  # what is kept of held-out data is no concern
             self._fit.watch.pause()
+
+    def note_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint is about to be saved: its weights are to be known to later runs."""
+        if self._fit is not None:
+            weights = checkpoint.get("state_dict", {})
+            named = ((n, w) for n, w in weights.items() if isinstance(w, torch.Tensor))
+            self._fit.account.note_weights(named)
 
     def note_validation_end(self) -> None:
         """All hooks of a validation ran."""

@@ -37,9 +37,11 @@ respect to the training data set:
   ledger and the checkpoint know, at the σ and q that each step had, by PRV (Gopi et al. 2021,
   arXiv 2106.02848) or RDP (Mironov et al. 2019, arXiv 1908.10530). A step is written to the ledger
   and flushed before it is taken: a crash may count one too many, never one too few, and a rollback
-  to an older checkpoint refunds nothing. σ, q and the number of steps are fixed by the plan or by a
-  schedule that does not look at the data; to change them at a resume after looking at released
-  weights is adaptive composition, which the sum of all steps at their own σ is not proven for.
+  to an older checkpoint refunds nothing. A model that was trained on the same data before is known
+  by its weights where their ledger is found, and its account goes on (`docs/one_account.md`). σ, q
+  and the number of steps are fixed by the plan or by a schedule that does not look at the data; to
+  change them at a resume after looking at released weights is adaptive composition, which the sum
+  of all steps at their own σ is not proven for.
 - **Post-processing**: learning rates, momentum, weight decay, and everything else that is computed
   from released gradients costs nothing (Dwork & Roth 2014, Proposition 2.1). So do averages of the
   weights (EMA; De et al. 2022, arXiv 2204.13650): each of those was released, and so is their mean.
@@ -57,13 +59,14 @@ noise (`guard` refuses any other optimizer step); the set-up has none of the kno
 data; C where it is learned; σ, q, steps and ε, given N.
 
 **Not covered**: un-noised quantities that a training step logs (losses, accuracies; named in the
-run and the card, or withheld with release="withhold"); what the self-test reports, and the data
-digest in the ledger, which come from the data without noise: keep them with it. That a run was
+run and the card, or withheld with release="withhold"); what the self-test reports, and the digests
+of data in the ledger, which come from the data without noise: keep them with it. That a run was
 refused or stopped with an error, since what is found may depend on a record. Choices made
 by looking at the data before training (hyper-parameters, architecture). Validation data. Branches
-of training that are known neither to the ledger nor to the checkpoint. Floating-point attacks on
-the noise (Mironov 2012), unless `secure_noise=True` makes them costly (Holohan & Braghin 2021,
-arXiv 2107.10138). Time and memory that a step takes.
+of training that are known neither to the ledger nor to the checkpoint; a model that was changed by
+hand between two trainings in different processes, so that no ledger has its weights. Floating-point
+attacks on the noise (Mironov 2012), unless `secure_noise=True` makes them costly (Holohan & Braghin
+2021, arXiv 2107.10138). Time and memory that a step takes.
 """
 
 from defend.privacy.accounting.budget import Budget

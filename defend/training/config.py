@@ -38,6 +38,9 @@ class Execution:
 class Privacy(Execution):
     """Settings of DP-SGD. `DifferentialPrivacy` says what each of them means.
 
+    With `data_id` you promise that equal names are equal data, and that data under other names
+    share no record.
+
     Raises:
         InputError: for settings out of range.
     """
@@ -53,6 +56,7 @@ class Privacy(Execution):
     noise_schedule: Schedule | None = None
     clip_schedule: Schedule | None = None
     ledger: str | Path | bool | None = None
+    data_id: str | None = None
     selftest: bool = True
     secure_noise: bool = False
     insecure_seed: int | None = None
@@ -77,6 +81,11 @@ class Privacy(Execution):
             raise InputError(
                 "Expected `ledger` to be None (in the default place), a path, or False (none), "
                 "got True."
+            )
+        if self.data_id is not None and not (isinstance(self.data_id, str) and self.data_id):
+            raise InputError(
+                f"Expected `data_id` to be a name of the data set, got {self.data_id!r}. Leave it "
+                "out to have the data told by their content."
             )
         # Refuses a bad seed, and a secure generator that is not installed.
         Randomness(self.insecure_seed, secure=self.secure_noise)

@@ -28,7 +28,7 @@ from defend.privacy.mechanism.clipping import checked_noise
 from defend.privacy.mechanism.schedules import factor
 from defend.privacy.mechanism.shard import Shard
 from defend.privacy.mechanism.step import PrivateStep, StepSettings
-from defend.training.account import Account, FitAccount, claim
+from defend.training.account import Account, FitAccount
 from defend.training.chunks import Chunk, chunks_of, drawn_as
 from defend.training.config import Privacy
 from defend.training.looks import Looks
@@ -211,13 +211,11 @@ class PrivateTraining:
             # same on all ranks, and the same again in the next run.
             if settings.insecure_seed is None:
                 data.sampler.before_batch = stack.enter_context(dry_run.secret_numbers())
-            digest = data.digest()
-            account = stack.enter_context(
-                self.account.open(
-                    processes, sample_rate=data.sampler.sample_rate, planned=planned, done=done
-                )
+            known, rate = data.identity(), data.sampler.sample_rate
+            opening = self.account.open(
+                processes, module, known, sample_rate=rate, planned=planned, done=done
             )
-            claim(module, digest, account.budget)
+            account = stack.enter_context(opening)
             # Now, not after steps that are charged.
             budget, learns = account.budget, settings.clipping.learns
             for sigma in budget.planned_noise if learns else {budget.next_noise}:
@@ -240,19 +238,18 @@ class PrivateTraining:
                 charge=account.charge,
             )
             stack.callback(step.close)
-            self._begin(account, data, digest)
+            self._begin(account, data)
             if isinstance(ddp, DistributedDataParallel):
                 _let_ranks_run_alone(ddp, stack)
             return PrivateFit(self, data, account, step, dry_run, stack.pop_all())
 
-    def _begin(self, account: FitAccount, data: PrivateData, digest: str) -> None:
+    def _begin(self, account: FitAccount, data: PrivateData) -> None:
         self.records = data.sampler.size
         account.begin(
             data.processes,
             max_grad_norm=self.max_grad_norm,
             records=data.sampler.size,
             clipping=repr(self.settings.clipping),
-            data_digest=digest,
             sampling=SAMPLING,
             adjacency=ADJACENCY,
         )

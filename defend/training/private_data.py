@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from defend.batching.records import RecordCollate
 from defend.errors import PrivacyError
-from defend.privacy.accounting.fingerprint import data_digest
+from defend.privacy.accounting.fingerprint import DataIdentity, identify
 from defend.privacy.checks.preconditions import Setup, check
 from defend.privacy.mechanism.randomness import Randomness
 from defend.privacy.mechanism.sampling import Chunking, PoissonBatchSampler, poisson_loader
@@ -110,20 +110,20 @@ class PrivateData:
         records = math.ceil(self.expected_batch_size / self.processes.world_size)
         return records * self.views
 
-    def digest(self) -> str:
-        """The digest of the data set.
+    def identity(self) -> DataIdentity:
+        """What is known of the data set, to tell it from others.
 
         Raises:
             PrivacyError: if it is not the same on all processes.
         """
-        digest = data_digest(self.original.dataset)
-        if not self.processes.agree(digest):
+        identity = identify(self.original.dataset, self.settings.data_id)
+        if not self.processes.agree(identity):
             raise PrivacyError(
                 "Expected the same data set in the same order on every process, got different "
                 "ones: a record could join one batch twice. Split and shuffle with a fixed seed "
                 "(a generator of its own, or seed_everything)."
             )
-        return digest
+        return identity
 
     def attack_generator(
         self, device: torch.device, *, number: int | None = None

@@ -99,6 +99,7 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
     def _end_pass(self) -> None:
         if self._open is not None:
             self._open[-1].end_pass()
+            self._open[-1].account.note_pass(last=self.exhausted)
 
     def _refuse_kept_state(self, fit: PrivateFit) -> None:
         if not self._training.settings.selftest:
@@ -136,6 +137,8 @@ class PrivateLoop(PrivacyReport, AbstractContextManager["PrivateLoop"]):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to know; save it beside the weights. Holds no secret."""
+        if self._open is not None:
+            self._open[-1].account.note_weights()
         return {"privacy": self._training.state_dict(), "taken": self._taken}
 
     def close(self) -> None:

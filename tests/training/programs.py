@@ -70,19 +70,22 @@ def gradients(module):
 
 
 def plain(world, *, records=64, batch=16, epochs=2, lr=0.05, loss=mean_loss, wrap=True,
-          sharded=False, spoil=lambda private: None, **settings):  # fmt: skip
+          sharded=False, spoil=lambda private: None, trainings=1, **settings):  # fmt: skip
     """`make_private` in a plain loop, under DDP if there are several processes."""
     torch.manual_seed(0)
     model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     records = data(records)
     shards = DistributedSampler(records) if sharded and world > 1 else None
     loader = DataLoader(records, batch_size=batch // world, sampler=shards)
     wrapped = DistributedDataParallel(model) if world > 1 and wrap else model
     settings = {**SETTINGS, **settings}
-    with private_loop(wrapped, optimizer, loader, loss=loss, epochs=epochs, **settings) as private:
-        spoil(private)
-        return _loop(private, wrapped, epochs)
+    for _ in range(trainings):
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        run = private_loop(wrapped, optimizer, loader, loss=loss, epochs=epochs, **settings)
+        with run as private:
+            spoil(private)
+            report = _loop(private, wrapped, epochs)
+    return report
 
 
 def fabric(world, *, precision="32-true", **settings):
@@ -238,6 +241,7 @@ CASES = {
     ),
     "plain adaptive": ("plain", {"clipping": AdaptiveClipping(), "chunk_size": FEW}),
     "plain no seed": ("plain", {"insecure_seed": None, "noise_multiplier": 1.0}),
+    "plain twice": ("plain", {"trainings": 2, "insecure_seed": None, "noise_multiplier": 1.0}),
     "plain noise": ("plain", {**QUIET, "noise_multiplier": SIGMA}),
     "plain silence": ("plain", QUIET),
     "plain noise on every rank": (

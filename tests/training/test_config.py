@@ -129,3 +129,11 @@ REFUSED = [
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         Adversarial(**{"attack": ATTACK, **settings})
+
+
+def test_a_name_of_the_data_is_a_name():
+    settings = {"delta": 1e-3, "max_grad_norm": 1.0, "noise_multiplier": 1.0}
+    assert Privacy(**settings, data_id="mine").data_id == "mine"
+    for wrong in ("", 7, True):
+        with pytest.raises(InputError, match=r"`data_id` to be a name .*, got"):
+            Privacy(**settings, data_id=wrong)

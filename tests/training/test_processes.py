@@ -55,6 +55,13 @@ def test_all_share_one_mask_that_is_cut_into_slices():
     assert first["masks"] != alone("plain no seed")["masks"]  # drawn anew each time
 
 
+def test_a_second_training_goes_on_with_the_account_on_every_rank():
+    once, twice = reports("plain no seed"), reports("plain twice")
+    assert [report["steps"] for report in (*once, *twice)] == [8, 8, 16, 16]
+    assert twice[0]["epsilon"] == twice[1]["epsilon"] > once[0]["epsilon"]
+    assert twice[0]["ledger"] == twice[1]["ledger"]
+
+
 def noise_in(case, silence, rank):
     """What was added to each coordinate of each step's sum, in the weights' own order."""
     noise = torch.stack(reports(case)[rank]["released"]) - torch.stack(

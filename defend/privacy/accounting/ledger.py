@@ -161,6 +161,23 @@ class Ledger:
         """
         self._append({"kind": "note", "fit": fit, "doubted_since": since})
 
+    def note_weights(self, fit: str, weights: dict[str, str]) -> None:
+        """Write down what a fit made of weights, to know them again (`known_weights`).
+
+        Args:
+            fit: a fit that was begun.
+            weights: name → short digest.
+
+        Raises:
+            PrivacyError: if the line cannot be written.
+        """
+        self._append({"kind": "note", "fit": fit, "weights": weights})
+
+    @property
+    def closed(self) -> bool:
+        """Whether no line can be written any more."""
+        return self._descriptor is None
+
     def close(self) -> None:
         """Give the lock back. Closing twice is fine."""
         descriptor, self._descriptor = self._descriptor, None

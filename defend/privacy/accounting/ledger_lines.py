@@ -11,7 +11,8 @@ checkpoint; and, as there is no key, whoever computes the whole file and the anc
 guard against accidents and careless edits. For more, keep the newest anchor where the trainer
 cannot write.
 
-The lines hold settings and counts, no seeds and no noise.
+The lines hold settings and counts, digests of the data and of released weights (lines of kind
+"note", which older versions pass over), no seeds and no noise.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from defend.privacy.accounting.history import History, Segment
 
 Entry = dict[str, Any]  # a line: its kind ("ledger", "fit", "step" or "note"), and what that has
 
-_HEAD = b'{"kind": "ledger", "version": 1, "id": "'  # how every ledger starts
+HEAD = b'{"kind": "ledger", "version": 1, "id": "'  # how every ledger starts
 _SEAL = b', "digest": "%s"}'  # how every line ends
 _SEAL_LENGTH = len(_SEAL % (b"0" * 64))
 _SETTINGS = ("noise_multiplier", "sample_rate", "max_grad_norm")
@@ -163,7 +164,7 @@ def verify(
     Raises:
         PrivacyError: if it is no ledger, edited, cut short, another one, or empty.
     """
-    if not raw.startswith(_HEAD) and not _HEAD.startswith(raw):  # torn in its first line
+    if not raw.startswith(HEAD) and not HEAD.startswith(raw):  # torn in its first line
         raise PrivacyError(
             f"Expected a privacy ledger of version 1, got {path}, which does not start like one. "
             "Give the path of the ledger, or one where no file is yet."

@@ -72,6 +72,7 @@ DATASETS = {
     "fingerprint": HuggingFaceLike("0123abcd"),
     "another fingerprint": HuggingFaceLike("0123abce"),
     "subset of a fingerprint": Subset(HuggingFaceLike("0123abcd"), [1]),
+    "a list": [1, 2, 3],
 }
 SIZES = {
     "five": Untouchable(5),
@@ -80,7 +81,6 @@ SIZES = {
     "another subset": Subset(Untouchable(5), [1, 3]),
     "concatenated": ConcatDataset([Untouchable(5), TensorDataset(*tensors())]),
     "stream": Stream(),
-    "a list": [1, 2, 3],
     "no fingerprint": HuggingFaceLike(None),
     "sparse": TensorDataset(torch.eye(3).to_sparse()),
     "meta": TensorDataset(torch.empty(4, device="meta")),
@@ -139,12 +139,12 @@ def test_lazy_conjugates_and_negatives_are_resolved():
 
 
 def test_blocks_do_not_count(monkeypatch):
-    from defend.privacy.accounting import fingerprint
+    from defend.privacy.accounting import content
 
     dataset = TensorDataset(torch.arange(1000.0).reshape(100, 10).t())
     whole = data_digest(dataset)
     for block in (1, 7, 100, 999):
-        monkeypatch.setattr(fingerprint, "_BLOCK", block)
+        monkeypatch.setattr(content, "_BLOCK", block)
         assert data_digest(dataset) == whole
 
 
@@ -190,4 +190,4 @@ def test_the_format_is_the_one_that_old_ledgers_hold():
     indices = sha(struct.pack("<2q", 0, 0))
     outer = sha(f'["Subset", "{indices}", "{inner}"]'.encode())
     assert data_digest(Subset(data, [0, 0])) == f"sha256:{outer}"
-    assert data_digest([7, 8]) == "size:" + sha(b'["list", 2]')
+    assert data_digest(Untouchable(2)) == "size:" + sha(b'["Untouchable", 2]')
