@@ -138,6 +138,10 @@ class TrainerRuntime:
         finally:
             self._trainer.loggers = loggers
 
+    def drop_gradients(self, module: nn.Module) -> None:
+        for p in module.parameters():  # as `zero_grad` between step and backward does
+            p.grad = None
+
     def backward(self, loss: Tensor) -> None:
         self._backward(loss, self._trainer.optimizers[0])
 

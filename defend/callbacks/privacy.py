@@ -235,6 +235,7 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
             Setup(
                 module=pl_module,
                 optimizers=tuple(trainer.optimizers),
+                resumed=self._resumed_at is not None or self.steps > 0,
                 world_size=trainer.world_size,
             ),
             engine=self._training.settings.engine,
@@ -430,6 +431,7 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
             "sample_rate": budget.sample_rate,
             "ledger_folder": str(self._training.account.default_folder),
             "unnoised": sorted(self._unnoised),
+            "engine": self._training.engine,
         }
 
     def receive_state(self, state: dict[str, Any]) -> None:
@@ -439,6 +441,7 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
         training.budget.sample_rate = state["sample_rate"]
         training.account.default_folder = Path(state["ledger_folder"])
         self._unnoised |= set(state["unnoised"])
+        training.engine = state["engine"]
 
     def clean_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._fit is not None:

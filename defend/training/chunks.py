@@ -110,9 +110,10 @@ def drawn_as(batch: Any, data: PrivateData) -> Drawn:
             "to the training loop."
         )
     drawn = sampler.drawn.popleft()
-    rows = holds_rows(batch, drawn.slots * views)
     if data.isolated:
-        rows = len(batch) * views if isinstance(batch, RecordBatches) else None
+        _refuse_others(batch, drawn)
+        return drawn
+    rows = holds_rows(batch, drawn.slots * views)
     if rows is None or rows != drawn.slots * views:
         raise PrivacyError(
             f"Expected {drawn.slots * views} rows, {'one' if views == 1 else views} for "
@@ -120,6 +121,15 @@ def drawn_as(batch: Any, data: PrivateData) -> Drawn:
             "adds or merges records; let it keep one row for each item of the data set."
         )
     return drawn
+
+
+def _refuse_others(batch: Any, drawn: Drawn) -> None:
+    if not isinstance(batch, RecordBatches) or len(batch) != drawn.slots:
+        raise PrivacyError(
+            f"Expected the list of one batch a record, {drawn.slots} of them, as the loader gave "
+            f"it, got a {type(batch).__name__}. Hand it on as it is; what is done to records "
+            "belongs into the data set, the collate function or the step."
+        )
 
 
 def _halve(chunk: Chunk, data: PrivateData) -> None:

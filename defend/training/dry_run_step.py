@@ -38,6 +38,7 @@ def step_under_test(
         reads_clock=step.runtime.reads_clock,
         attack=None if tried.adversarial is None else tried.attack,
         attack_reseeded=None if tried.adversarial is None else tried.attack,
+        drop_gradients=step.runtime.drop_gradients,
         backward=tried.on(step.runtime.module).backward,  # asks no module
         user_code=user_code,
         **settings,

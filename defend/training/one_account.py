@@ -167,7 +167,7 @@ def _continued(origins: Origins, asked: Asked, ledgers: Mapping[Path, Known]) ->
     if asked.ledger is None and not own and holders:
         # A copy of a ledger, perhaps of an earlier day, is the same account.
         return max(holders, key=lambda path: (len(ledgers[path].fits), ledgers[path].size))
-    raise _not_continued(missing, own & same, asked, [p for p in ledgers if p in holders], ledgers)
+    raise _not_continued(missing, own & same, asked, holders, ledgers)
 
 
 def _untold(here: DataIdentity, known: DataIdentity) -> PrivacyError:

@@ -1,6 +1,6 @@
 """What a training step returned: a loss, or a mapping that holds one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,17 +24,19 @@ def loss_of(output: Any) -> Tensor:
     return loss
 
 
-def mean_of(outputs: list[Any]) -> Any:
+def mean_of(outputs: Iterable[Any]) -> Any:
     """What the step returned for one record after another: the last output, with the mean loss.
 
     Args:
         outputs: detached; those of records that it skipped are None.
     """
-    given = [output for output in outputs if output is not None]
-    if not given:
-        return torch.zeros(())
-    loss = torch.stack([loss_of(output).sum() for output in given]).sum() / len(outputs)
-    return {**given[-1], "loss": loss} if isinstance(given[-1], Mapping) else loss
+    last, total, count = None, torch.zeros(()), 0
+    for output in outputs:  # none but the last is kept
+        count += 1
+        if output is not None:
+            last, total = output, total + loss_of(output).sum().to(total.device).float()
+    loss = total / max(count, 1)
+    return {**last, "loss": loss} if isinstance(last, Mapping) else loss
 
 
 def with_penalty(output: Any, penalty: Tensor) -> Any:

@@ -1,9 +1,5 @@
 """DP-SGD over the fits of one model: what outlives a fit, and one fit from its start to its end."""
 
-import contextlib
-import copy
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -13,15 +9,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from defend.batching.memory import rows_that_fit
-from defend.errors import DefendError, IndistinctRowsError, PrivacyError
+from defend.errors import PrivacyError
 from defend.privacy.accounting.budget import Budget
 from defend.privacy.checks.dry_run import DryRun
-from defend.privacy.checks.preconditions import Setup, hidden_rows
-from defend.privacy.checks.selftest import RECORDS, SelfTest
+from defend.privacy.checks.selftest import SelfTest
 from defend.privacy.checks.state_watch import Key
 from defend.privacy.checks.step_under_test import StepUnderTest
-from defend.privacy.gradients.layers import trainable_layers
 from defend.privacy.gradients.one_record import OneRecord
 from defend.privacy.gradients.per_record import PerRecordGradients
 from defend.privacy.mechanism.clipping import checked_noise
@@ -33,12 +26,10 @@ from defend.training.chunks import Chunk, chunks_of, drawn_as
 from defend.training.config import Privacy
 from defend.training.looks import Looks
 from defend.training.private_data import PrivateData
+from defend.training.try_out import TryOut
 
 ADJACENCY = "add or remove one record"
 SAMPLING = "Poisson"
-
-_MAX_RECORDS_IN_SELFTEST = 64  # in its largest batch
-_log = logging.getLogger("defend")
 
 
 class PrivateTraining:
@@ -100,87 +91,12 @@ class PrivateTraining:
             PrivacyError: with everything that was found.
         """
         dry_run = DryRun(module, data.original.dataset, step, max_grad_norm=self.max_grad_norm)
+        tried = TryOut(self.settings, dry_run, data, hooks_to_come=hooks_to_come)
         try:
-            self._choose_engine(dry_run, data)
-            self._prepare(dry_run, data, hooks_to_come=hooks_to_come)
-        except IndistinctRowsError as error:
-            if self.settings.engine != "auto":
-                raise
-            self._isolate(dry_run, data)
-            try:
-                self._prepare(dry_run, data, hooks_to_come=hooks_to_come)
-            except PrivacyError as second:
-                second.add_note(f"One record at a time was tried. Why: {error.args[0]}")
-                raise
-            _tell(error.args[0])
+            tried.decide()
+        finally:
+            self.engine, self.selftest = tried.engine, tried.selftest
         return dry_run
-
-    def _choose_engine(self, dry_run: DryRun, data: PrivateData) -> None:
-        """One record at a time where that was asked for.
-
-        Raises:
-            IndistinctRowsError: where the set-up shows that otherwise rows cannot be told apart.
-        """
-        self.engine = "hooks"
-        if self.settings.engine == "record":
-            self._isolate(dry_run, data)
-            return
-        facts = Setup(module=dry_run.module, world_size=data.processes.world_size)
-        hidden = hidden_rows(facts)
-        if hidden is not None:
-            raise IndistinctRowsError(hidden)
-        trainable_layers(dry_run.module)
-
-    def _isolate(self, dry_run: DryRun, data: PrivateData) -> None:
-        self.engine = "record"
-        data.isolate()
-        dry_run.isolate(may_couple=self.settings.engine == "record")
-
-    def _runs_alone(self, dry_run: DryRun) -> bool:
-        """Whether a step that failed under the hooks of the layers runs without them."""
-        if self.settings.engine != "auto" or dry_run.step.isolated:
-            return False
-        alone = copy.copy(dry_run)
-        alone.isolate(may_couple=False)
-        with contextlib.suppress(Exception):
-            return alone.selftest() is not None
-        return False
-
-    def _prepare(self, dry_run: DryRun, data: PrivateData, *, hooks_to_come: bool) -> None:
-        """Chunk size and self-test."""
-        settings, views, module = self.settings, data.views, dry_run.module
-        on_gpu = next(module.parameters()).device.type == "cuda"
-        if on_gpu and settings.chunk_size == "auto" and not data.isolated:
-            most = 2 * data.ordinary_rows
-            rows = rows_that_fit(dry_run.peak_bytes, dry_run.free_bytes(), most=most)
-            data.sampler.chunk_size = data.processes.broadcast(rows)
-        if views > 1 and dry_run.step.attack is None and dry_run.views_are_alike():
-            warnings.warn(
-                f"views={views} asks the data set for each record {views} times, and it gave the "
-                "same each time. Augment in the data set or in a batch hook, or leave `views` out.",
-                stacklevel=2,
-            )
-        if settings.selftest:
-            chunk = data.chunk_size
-            if views > 1 and chunk is not None:  # no more rows at once than in training
-                dry_run.records = min(max(chunk // views + 1, 3), RECORDS)
-            large = 2 * data.ordinary_rows  # a batch may have more rows than expected
-            most = min(large, chunk or large, _MAX_RECORDS_IN_SELFTEST * views)
-            try:
-                self.selftest = dry_run.selftest(most)
-            except DefendError:
-                raise
-            except Exception as error:
-                if self._runs_alone(dry_run):
-                    raise IndistinctRowsError(
-                        "Expected a step that runs while hooks watch its layers, got "
-                        f"{type(error).__name__} with them, and none without."
-                    ) from error
-                if not hooks_to_come:
-                    raise
-                dry_run.pending = True  # it may need what they set up
-            if self.selftest is not None:
-                self.selftest.require()
 
     def open(
         self,
@@ -400,6 +316,8 @@ class PrivateFit:
             if found is None or found.passed:
                 return
             self._training.selftest = found
+            if found.hides_rows and self._looks.steps <= 1:
+                raise found.error()  # nothing was spent yet, and nothing is unsound
             self.doubt()
             raise PrivacyError(
                 f"{found.error()}\nThe last look that found nothing was after step "
@@ -437,15 +355,6 @@ def _let_ranks_run_alone(ddp: DistributedDataParallel, stack: ExitStack) -> None
     for name in ("require_backward_grad_sync", "require_forward_param_sync"):
         setattr(ddp, name, False)
         stack.callback(setattr, ddp, name, True)
-
-
-def _tell(reason: str) -> None:
-    """Why training is slow: one line."""
-    _log.warning(
-        "defend takes one record at a time (engine='record'), which costs a forward and backward "
-        "for each. Why: %s.",
-        reason.partition(". ")[0].rstrip("."),
-    )
 
 
 def _verdict(asked: bool, found: SelfTest | None) -> str:

@@ -73,6 +73,9 @@ class Runtime(Protocol):
     def silenced(self) -> Context:
         """Inside, what a copy of the module logs goes nowhere."""
 
+    def drop_gradients(self, module: nn.Module) -> None:
+        """What the loop does, before the backward, with gradients that the forward left."""
+
     def backward(self, loss: Tensor) -> None:
         """Gradients of a loss."""
 
@@ -198,6 +201,9 @@ class PlainRuntime:
 
     def silenced(self) -> Context:
         return contextlib.nullcontext()
+
+    def drop_gradients(self, module: nn.Module) -> None:
+        """Nothing: who sets them to zero before the loss adds a backward within it."""
 
     def backward(self, loss: Tensor) -> None:
         # PyTorch wants no autocast around a backward, and the user's may be in force.

@@ -50,7 +50,7 @@ class TrainingStep:
     def gradient(self, batch: Any, fit: PrivateFit) -> Any:
         """Private: the clipped sum over a logical batch; what the user's step returned last."""
         if isinstance(batch, RecordBatches):
-            return mean_of(list(self._records(batch, fit)))
+            return mean_of(self._records(batch, fit))
         output = None
         if self.adversarial is not None:
             fit.renew_randomness()  # before each forward `chunks` does
@@ -64,13 +64,13 @@ class TrainingStep:
     def _records(self, batch: RecordBatches, fit: PrivateFit) -> Iterator[Any]:
         """Record by record: what the user's step returned; None where it skipped one."""
         starts = None
-        if self.adversarial is not None and self.data is not None:
-            device = next(self.runtime.module.parameters()).device
-            starts = self.data.attack_generator(device)  # goes on from record to record
+        if self.adversarial is not None and self.data is not None:  # goes on from record to record
+            starts = self.data.attack_generator(next(self.runtime.module.parameters()).device)
         for chunk in fit.chunks(batch):
             with chunk:
                 record = self.attack(self.runtime.to_device(chunk.batch), starts=starts)
                 output = self.forward(record)
+                self.runtime.drop_gradients(self.runtime.module)
                 # A record that gives no loss tells nothing of others, and adds zero.
                 if output is not None and loss_of(output).requires_grad:
                     self.backward(loss_of(output) * chunk.rows)

@@ -2,9 +2,11 @@
 
 import logging
 import math
+from collections import deque
 from unittest import mock
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,6 +168,43 @@ def test_a_record_without_a_loss_adds_zero():
     torch.testing.assert_close(flat(module), expected_after_a_step(Skips()))
 
 
+class Inner(Cells):
+    """Runs a backward in its step, whose gradients plain training sets to zero before its own."""
+
+    def training_step(self, batch, batch_idx):
+        self.loss(3 * batch[0], batch[1]).backward()
+        return self.loss(*batch)
+
+
+def test_a_backward_within_the_step_is_dropped_as_in_plain_training():
+    module = Inner()
+    fit(module, private())
+    torch.testing.assert_close(flat(module), expected_after_a_step(Cells()))
+
+
+class Squeezed(Cells):
+    def loss(self, x, y):
+        return F.cross_entropy(self(x).squeeze(), y)
+
+
+class Detached(Cells):
+    def loss(self, x, y):
+        return super().loss(x, y).detach()
+
+
+@pytest.mark.parametrize(
+    ("make", "engine", "message"),
+    [
+        (Squeezed, "record", "works on one record, got RuntimeError.* keep the batch dimension"),
+        (Squeezed, "auto", "works on one record"),
+        (Detached, "record", "got no gradient of 3 records"),
+    ],
+)
+def test_a_step_that_gives_nothing_for_one_record_is_refused(make, engine, message):
+    with pytest.raises(PrivacyError, match=message):
+        fit(make(), private(engine=engine))
+
+
 # --- each record alone ----------------------------------------------------------------------------
 
 
@@ -257,6 +296,133 @@ def test_what_a_record_leaves_is_put_back_before_the_next():
         pytest.raises(PrivacyError, match=r"the step ran on before|keeps something"),
     ):
         fit(Forgets("attribute"), private(engine="record"))
+
+
+# --- wherever a step keeps something --------------------------------------------------------------
+
+KEPT_BY_THIS_FILE = {"x": torch.zeros(1, 8)}
+LARGE = 2**21  # numbers: more than what is put back
+
+
+class Box:
+    x = torch.zeros(1, 8)
+
+
+class Slotted:
+    __slots__ = ("x",)
+
+    def __init__(self):
+        self.x = torch.zeros(1, 8)
+
+
+def in_a_cell():
+    kept = torch.zeros(1, 8)
+
+    def swap(x):
+        nonlocal kept
+        before, kept = kept, x
+        return before
+
+    return swap
+
+
+def in_an_array():
+    kept = np.zeros((1, 8), np.float32)
+
+    def swap(x):
+        before = torch.from_numpy(kept.copy())
+        kept[:] = x.numpy()
+        return before
+
+    return swap
+
+
+def in_a_large_tensor():
+    kept = torch.zeros(LARGE)
+
+    def swap(x):
+        before = kept[:8].clone()[None]
+        kept[:8] = x[0]
+        return before
+
+    return swap
+
+
+def in_a_file(folder):
+    file = folder / "kept.pt"
+
+    def swap(x):
+        before = torch.load(file) if file.exists() else torch.zeros(1, 8)
+        torch.serialization.save(x, file)
+        return before
+
+    return swap
+
+
+def on(owner, name="x"):
+    def swap(x):
+        before = getattr(owner, name)
+        setattr(owner, name, x)
+        return before
+
+    return swap
+
+
+def in_items(owner, key="x"):
+    def swap(x):
+        before, owner[key] = owner[key], x
+        return before
+
+    return swap
+
+
+PLACES = {
+    "a global's items": lambda _: in_items(KEPT_BY_THIS_FILE),
+    "a class": lambda _: on(Box),
+    "an object": lambda _: on(type("Own", (Box,), {"__module__": __name__})()),
+    "slots": lambda _: on(Slotted()),
+    "a list": lambda _: in_items([torch.zeros(1, 8)], 0),
+    "a deque": lambda _: in_items(deque([torch.zeros(1, 8)]), 0),
+    "a cell": lambda _: in_a_cell(),
+    "an array": lambda _: in_an_array(),
+    "a large tensor": lambda _: in_a_large_tensor(),
+    "a file": in_a_file,
+}
+
+
+FOUND_ONLY = ("a large tensor", "a file")  # by the self-test; they are not put back
+
+
+class Keeps(Cells):
+    """Mixes what was kept of the record before into each one; forgets between steps."""
+
+    def __init__(self, swap):
+        super().__init__()
+        self.swap = swap
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.swap(torch.zeros(1, 8))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        kept = self.swap(x[-1:].detach().clone())
+        return self.loss(x + kept, y)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_goes_from_one_record_to_another(place, tmp_path):
+    def keeps():
+        module = Keeps(PLACES[place](tmp_path))
+        module.swap(torch.zeros(1, 8))
+        return module
+
+    # Trials do not run a hook that was not seen to change anything: it keeps from step to step.
+    with pytest.raises(PrivacyError, match=r"in the batch before|the step ran on before"):
+        fit(keeps(), private(engine="record"))
+    module = keeps()
+    fit(module, private(engine="record", selftest=False))
+    alone = torch.allclose(flat(module), expected_after_a_step(Cells()))
+    assert alone == (place not in FOUND_ONLY)
 
 
 # --- together with all else -----------------------------------------------------------------------

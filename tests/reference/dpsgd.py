@@ -20,7 +20,7 @@ def clipped_sum(module, loss, records, max_grad_norm):
             torch.zeros_like(p) if g is None else g
             for g, p in zip(gradient, parameters, strict=True)
         ]
-        norm = sum(float((g**2).sum()) for g in gradient) ** 0.5
+        norm = sum(float((g.abs() ** 2).sum()) for g in gradient) ** 0.5
         scale = max_grad_norm / norm if norm > max_grad_norm else 1.0
         total = [t + scale * g for t, g in zip(total, gradient, strict=True)]
     return total

@@ -56,6 +56,7 @@ def moved_weights(named: Iterable[tuple[str, Tensor]], start: Mapping[str, str])
 
 def _is_of_one_value(tensor: Tensor) -> bool:
     """Whether any model may hold it: zeros, ones; of one number, whole ones."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     values = tensor.detach().flatten()
     if values.numel() < 2:
         return values.numel() == 0 or bool(torch.all(values == values.round()))
@@ -70,7 +71,7 @@ class Known:
         weights: digest → the fits that gave it.
         fits: fit → all data that its weights saw: its own under its own name, those of fits that
             came before it, in other accounts, under theirs.
-        lines: bytes of the ledger.
+        size: bytes of the ledger.
     """
 
     weights: dict[str, set[str]] = field(default_factory=dict)

@@ -54,6 +54,8 @@ class Comparisons:
         reload: loads the same records anew; None where nothing can change them.
     """
 
+    _others = slice(1, None)  # rows of a batch in which one record may be another one
+
     def __init__(
         self,
         copy: StepOnCopy,
@@ -110,8 +112,8 @@ class Comparisons:
             except Exception as error:
                 raise PrivacyError(
                     "Expected a step that works on one record, as it does on several, got "
-                    f"{type(error).__name__}: {error} Poisson batches have any size; keep the "
-                    "batch dimension (no squeeze()), and use no statistics of the batch."
+                    f"{type(error).__name__}. Poisson batches have any size; keep the batch "
+                    "dimension (no squeeze()), and use no statistics of the batch."
                 ) from error
         worst = self.copy.difference(together, alone)
         if worst is not None:
@@ -244,8 +246,6 @@ class Comparisons:
             taken.append(_Taken(batch, mixture([g[self._others] for g in gradients]), state))
         return taken
 
-    _others = slice(1, None)  # of a batch in which one record may be another one
-
     def _with(self, one: Any, others: list[Any]) -> list[Any]:
         """The records of such a batch."""
         return [one, *others]
@@ -268,7 +268,8 @@ class Comparisons:
             raise PrivacyError(
                 "Expected the gradients of other records to stay when one record is replaced, got "
                 f"a change of {worst[1]:.0%} at `{worst[0]}`. Something mixes records: mixup, a "
-                "second forward with shuffled rows, statistics or label counts of the batch."
+                "second forward with shuffled rows, statistics or label counts of the batch. "
+                f"{AS_RECORDS}"
             )
         if worst is not None:
             raise PrivacyError(

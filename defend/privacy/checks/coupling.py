@@ -101,6 +101,8 @@ def refuse_coupled(copy: StepOnCopy, records: list[Any], values: list[Counter[in
     for part, seed in PARTS_AND_SEEDS:
         _judge(coupling(copy, one, other, rest[:1], part, seed))
     _judge(coupling(copy, one, other, rest))
+    if any(device.type != "cpu" for device in copy.devices):
+        return  # an index that is out of range stops a GPU for good
     for number, change in enumerate(changes_of(one, values)):
         if number >= _FEWEST and time.perf_counter() - start > _SECONDS:
             break

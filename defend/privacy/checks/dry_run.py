@@ -71,7 +71,8 @@ class DryRun:
 
     def isolation(self) -> Isolation:
         """What puts back between two records what the step kept of the first."""
-        return Isolation(self.module, self.step.user_code, self.step.share)
+        code = [part for part in self.step.user_code if part is not self.dataset]
+        return Isolation(self.module, code, (*self.step.share, self.dataset))
 
     def selftest(self, rows: int | None = None, *, whole: bool = False) -> SelfTest | None:
         """The self-test: whole the first time, in short and on other records after that.

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -94,6 +95,10 @@ def _of_container(value: Any, left: list[int]) -> Iterator[Undo]:
         is_users(type(value)) and not isinstance(value, types.ModuleType)
     ):
         held = getattr(value, "__dict__", None)
+    for name in _slots_of(type(value)):  # type: ignore[arg-type]
+        with contextlib.suppress(AttributeError):  # an empty one
+            yield partial(_reset, value, name, getattr(value, name))
+            yield from _of_values([getattr(value, name)], left)
     if held is not None and len(held) <= _MOST_ITEMS:
         yield partial(_refill, held, copy.copy(held))
         yield from _of_values(held.values() if isinstance(held, dict) else held, left)
@@ -109,6 +114,25 @@ def _of_values(values: Iterable[Any], left: list[int]) -> Iterator[Undo]:
         if value.nbytes <= min(_LARGE, left[0]):
             left[0] -= value.nbytes
             yield partial(_rewrite, value, value.detach().clone() if plain else value.copy())
+
+
+@functools.cache
+def _slots_of(kind: Any) -> list[str]:
+    """Names of the slots that classes of the user's give their objects."""
+    kinds = [base for base in kind.__mro__ if is_users(base)]
+    return [
+        name
+        for base in kinds
+        for name, part in vars(base).items()
+        if isinstance(part, types.MemberDescriptorType)
+    ]
+
+
+def _reset(owner: Any, name: str, value: Any) -> bool:
+    changed = getattr(owner, name, None) is not value
+    if changed:
+        setattr(owner, name, value)
+    return changed
 
 
 def _rebind(kind: type, name: str, value: Any) -> bool:

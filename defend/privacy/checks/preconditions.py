@@ -66,8 +66,10 @@ REFUSALS = (
         "layers that treat each record alone",
         lambda s: setups.layers(s, setups.mixes_records),
         "BatchNorm mixes the records of a batch, also without affine parameters or when partly "
-        "frozen. Use GroupNorm, or `opacus.validators.ModuleValidator.fix(module)`. With public "
-        "statistics, freeze it: requires_grad=False on its parameters, and eval mode.",
+        "frozen. Use GroupNorm for images and LayerNorm for vectors "
+        "(`opacus.validators.ModuleValidator.fix(module)` puts a GroupNorm everywhere, which makes "
+        "vectors constant). With public statistics, freeze it: requires_grad=False on its "
+        "parameters, and eval mode.",
     ),
     Refusal(
         "instance_norm_statistics",
@@ -81,9 +83,8 @@ REFUSALS = (
         "fused_layer",
         "layers that have per-record gradients",
         lambda s: setups.layers(s, setups.is_fused),
-        "Use the drop-in layers of opacus.layers, or "
-        "`opacus.validators.ModuleValidator.fix(module)`, attention with dropout=0, or "
-        "engine='record'.",
+        "Take engine='record', which trains them as they are; DPLSTM, DPGRU and DPRNN of "
+        "opacus.layers in place of recurrent ones; attention with dropout=0.",
         hides_rows=True,
     ),
     Refusal(
@@ -91,8 +92,8 @@ REFUSALS = (
         "weights that are the layer's own parameters, or a parametrization of them",
         lambda s: setups.layers(s, setups.computes_weights),
         "The old weight_norm and spectral_norm compute the weight in a hook, outside the layer's "
-        "forward. Use torch.nn.utils.parametrizations.weight_norm in place of both: spectral norm "
-        "keeps buffers, and takes engine='record' in its new form too.",
+        "forward. Take engine='record'; for weight norm also "
+        "torch.nn.utils.parametrizations.weight_norm in its place.",
         hides_rows=True,
     ),
     Refusal(

@@ -10,6 +10,7 @@ from torch import Tensor
 from defend.errors import PrivacyError
 from defend.privacy.checks.changes import Change, changes_of
 from defend.privacy.checks.constant_randomness import ConstantRandomness
+from defend.privacy.checks.coupling import AS_RECORDS
 from defend.privacy.checks.step_on_copy import StepOnCopy
 
 
@@ -112,5 +113,5 @@ def _judge(
             f"change of {worst[1]:.2%} at `{worst[0]}` for a record with {change.name}. The loss "
             "is divided by what the batch holds (labelled tokens, weights, lengths), or an "
             "outlier, a maximum or another statistic of the batch goes into each row, or is kept "
-            "for the next batch. Compute each row from its own record, and take the mean over rows."
+            f"for the next batch. {AS_RECORDS}"
         )

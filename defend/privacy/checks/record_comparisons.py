@@ -5,6 +5,7 @@ from typing import Any
 from defend.errors import PrivacyError
 from defend.privacy.checks.comparisons import Comparisons
 from defend.privacy.checks.module_copy import tensors_by_name
+from defend.privacy.checks.records_on_copy import RecordsOnCopy
 
 
 class RecordComparisons(Comparisons):
@@ -18,11 +19,38 @@ class RecordComparisons(Comparisons):
     _others = slice(None, -1)
 
     def all_parts(self, rows: int | None) -> float:
-        """The whole test; returns the largest norm among the records tried, in units of C, ≤ 1."""
+        """The whole test; returns 1: a record that is alone moves the clipped sum by C at most."""
+        self._refuse_single()
         for turn in range(2):
             self._after_others(turn)
         self._replace_one()
         return 1.0
+
+    def _refuse_single(self) -> None:
+        """A step that fails on one record, and not on several; or that gives no gradient."""
+        copy = self.copy
+        assert isinstance(copy, RecordsOnCopy)
+        try:
+            copy.gradient_alone(self.records[0], 0)
+        except PrivacyError:
+            raise
+        except Exception as error:
+            copy.gradient_together(self.records, 0)  # else it fails anyway
+            raise PrivacyError(
+                f"Expected a step that works on one record, got {type(error).__name__} there and "
+                "none on several. Poisson batches have any size: keep the batch dimension (no "
+                "squeeze()), use no statistics of the batch, and let the collate function take one "
+                "record."
+            ) from error
+        for record in self.records[1:]:
+            if copy.trains:
+                return
+            copy.gradient_alone(record, 0)
+        if not copy.trains:
+            raise PrivacyError(
+                "Expected `training_step` to return a loss that depends on the parameters, got no "
+                f"gradient of {len(self.records)} records. Return a loss with a graph."
+            )
 
     def later_parts(self, turn: int) -> None:
         """What may turn out otherwise later in training."""

@@ -11,6 +11,7 @@ from defend.batching.records import RecordBatches
 from defend.privacy.checks.constant_randomness import seeded
 from defend.privacy.checks.isolation import Isolation
 from defend.privacy.checks.step_on_copy import StepOnCopy
+from defend.privacy.checks.step_under_test import StepUnderTest
 from defend.privacy.gradients.one_record import OneRecord
 
 
@@ -19,10 +20,17 @@ class RecordsOnCopy(StepOnCopy):
 
     Each record draws the same numbers from `seeded`, wherever it stands, so that its gradient is
     to be the same, whatever ran before it.
+
+    Attributes:
+        trains: whether the loss of any record had a gradient.
     """
 
+    def __init__(self, module: nn.Module, step: StepUnderTest) -> None:
+        super().__init__(module, step)
+        self._isolation = Isolation(module, step.user_code, step.share)
+        self.trains = False
+
     def _engine_on(self, module: nn.Module) -> Any:
-        self._isolation = Isolation(module, self.step.user_code, self.step.share)
         return OneRecord(module, views=self.step.views, loss_reduction="sum")
 
     @contextmanager
@@ -67,6 +75,8 @@ class RecordsOnCopy(StepOnCopy):
         self._engine.clear()
         with torch.enable_grad():
             loss = self.step.loss(self.module, batch)
+            self.step.drop_gradients(self.module)
+            self.trains |= loss.requires_grad
             if loss.requires_grad:
                 self._refuse_foreign_weights(loss)
                 self.step.backward(loss * self.step.views)

@@ -130,20 +130,22 @@ def selftest(
     if len(records) < 3:
         raise InputError(f"Expected at least 3 records for the self-test, got {len(records)}.")
     step.on_look()
-    kinds = (RecordsOnCopy, RecordComparisons) if step.isolated else (StepOnCopy, Comparisons)
-    copy = kinds[0](copy_of_module(module, step.share), step)
+    on_copy, compare = StepOnCopy, Comparisons
+    if step.isolated:
+        on_copy, compare = RecordsOnCopy, RecordComparisons
+    copy = on_copy(copy_of_module(module, step.share), step)
     source = source or Source(occurring_values(records))
-    comparisons = kinds[1](copy, list(records), max_grad_norm, source.reload)
+    comparisons = compare(copy, list(records), max_grad_norm, source.reload)
     findings: tuple[str, ...] = ()
     largest, hides_rows = 0.0, False
     try:
         with copy.seeded(0):
-            if turn == 0 and not step.may_couple:
-                refuse_coupled(copy, list(records), source.values)
             if turn == 0:
                 largest = comparisons.all_parts(rows)
             else:
                 comparisons.later_parts(turn)
+            if turn == 0 and not step.may_couple:
+                refuse_coupled(copy, list(records), source.values)
             if not step.isolated:
                 _try_rare_ones(module, comparisons, source.values, turn)
     except PrivacyError as error:  # ours, or what reading the gradients found by itself

@@ -135,6 +135,8 @@ def is_fused(layer: nn.Module) -> bool:
     """Layers that compute several steps, or draw dropout, inside one call."""
     if not type(layer).__module__.startswith("torch."):
         return False
+    if not any(p.requires_grad for p in layer.parameters()):
+        return False
     if isinstance(layer, nn.MultiheadAttention):
         return layer.dropout > 0
     return isinstance(layer, nn.RNNBase)
@@ -233,6 +235,8 @@ def batching(setup: Setup) -> str | None:
         return "batch_size=None"
     if type(loader.batch_sampler) is not BatchSampler:
         return f"the batch sampler {type(loader.batch_sampler).__name__}"
+    if loader.batch_size is None:
+        return "a batch sampler of its own"
     if not getattr(loader, "in_order", True):
         return "in_order=False"
     return None

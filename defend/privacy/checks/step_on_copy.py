@@ -188,7 +188,10 @@ class StepOnCopy:
         with self.seeded(seed):
             batch = self.collated(records)
         with self.seeded(seed), self._engine.paused(), torch.enable_grad():
-            self.step.backward(self.step.loss(self.module, batch))
+            loss = self.step.loss(self.module, batch)
+            self.step.drop_gradients(self.module)
+            if loss.requires_grad:
+                self.step.backward(loss)
             return self._plain_gradient()
 
     def _plain_gradient(self) -> list[Tensor]:

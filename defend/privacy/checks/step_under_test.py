@@ -46,6 +46,7 @@ class StepUnderTest:
             call.
         attack_reseeded: (module, batch, number) → the same attack from other secret numbers, those
             of `number`, to see whether it uses them.
+        drop_gradients: what the loop does, before the backward, with gradients that the loss left.
         backward: takes what comes from `loss` through its backward; for a loss that moves the
             weights until then, and has to put them back.
         isolated: whether each record has a batch of its own (`RecordBatches`).
@@ -67,6 +68,7 @@ class StepUnderTest:
     reads_clock: Callable[[], bool] = lambda: False
     attack: Attack | None = None
     attack_reseeded: ReseededAttack | None = None
+    drop_gradients: Callable[[nn.Module], None] = _forget_nothing
     backward: Backward = Tensor.backward
     isolated: bool = False
     may_couple: bool = True

@@ -22,11 +22,9 @@ class GradientEngine(ABC):
     Attributes:
         parameters: the trainable parameters by name. Every list of tensors follows their order.
             Gradients of complex ones are pairs of real numbers, `[*shape, 2]`.
-        one_record: whether a chunk holds one record alone.
     """
 
     parameters: dict[str, nn.Parameter]
-    one_record: bool = False
 
     @property
     def holds_any(self) -> bool:

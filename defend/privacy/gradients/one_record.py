@@ -25,8 +25,6 @@ class OneRecord(GradientEngine):
         loss_reduction: whether backward starts from the "mean" over the rows or from their "sum".
     """
 
-    one_record = True
-
     def __init__(
         self,
         module: nn.Module,
