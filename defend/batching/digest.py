@@ -75,10 +75,18 @@ def _of_tensor(tensor: Tensor) -> tuple[Any, ...]:
         # Words of eight bytes are added up as fast as memory is read, narrower ones slowly.
         word = next(w for w in _WORDS if width % w.itemsize == offset % w.itemsize == 0)
         sums = rows.view(word).sum(1, dtype=torch.int64)
-    places = torch.arange(1, 2 * len(sums) + 1, 2, device=sums.device)
-    return *form, (sums * places).sum()
+    return *form, (sums * _places(len(sums), sums.device)).sum()
 
 
+def _places(rows: int, device: torch.device) -> Tensor:
+    """An odd number for each place, as if at random: no sum stays when rows are turned around."""
+    numbers = torch.arange(1, rows + 1, device=device) * _MIX
+    numbers ^= numbers >> 29
+    numbers *= _MIX
+    return (numbers ^ (numbers >> 32)) | 1
+
+
+_MIX = 0x1E3779B97F4A7C15  # of splitmix64, within the positive numbers
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 

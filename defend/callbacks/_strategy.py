@@ -8,7 +8,9 @@ what they want done; so their order in the list of callbacks changes nothing. Wh
 batch then is in `defend.training.step`.
 
 Two more tell when a validation is over, and what a checkpoint holds. One is for metrics: what
-`self.log` hands to the training loop's results.
+`self.log` hands to the training loop's results. Where each record has a batch of its own, two
+private methods of the module, which transfer a batch, let the list of them pass, and the loader is
+asked anew.
 """
 
 from __future__ import annotations

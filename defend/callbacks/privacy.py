@@ -63,8 +63,8 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
     *Guarantee.* After training, the weights are (`epsilon`, δ)-DP for adding or removing one
     record; `defend.privacy` says what is and is not covered. What would break it in silence is
     refused before the first step: set-ups by a table (`defend.privacy.checks.preconditions`), and
-    what the module's forward and loss do by a self-test on a copy of it and seven records. The loss
-    has to be the plain mean over rows of what each row alone gives.
+    what the module's forward and loss do by a self-test on a copy of it and a few records. The loss
+    has to be the plain mean over rows of what each row alone gives, unless `engine` is "record".
 
     Every step is written to a ledger on disk before it is taken, so that ε survives a crash, and a
     rollback to an older checkpoint does not refund it. A resume finds its ledger by the checkpoint.
@@ -83,7 +83,7 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
         chunk_size: most rows in one forward and backward; larger batches are split, with the same
             result. "auto": what fits into the GPU's memory, measured; 256 rows on the CPU. None:
             not split. A chunk that runs out of memory is halved; the views of a record stay
-            together.
+            together. One record at a time is a chunk of its own, whatever this is.
         clipping: `FlatClipping()`, `PerLayerClipping()`, or `AdaptiveClipping(...)`, for which
             `max_grad_norm` is where C starts.
         views: rows of each record, K ≥ 1 (augmentation multiplicity, De et al. 2022, arXiv

@@ -26,6 +26,7 @@ from defend.training.chunks import Chunk, chunks_of, drawn_as
 from defend.training.config import Privacy
 from defend.training.looks import Looks
 from defend.training.private_data import PrivateData
+from defend.training.processes import collectives
 from defend.training.try_out import TryOut
 
 ADJACENCY = "add or remove one record"
@@ -224,9 +225,13 @@ class PrivateFit:
         self._looks = Looks(data.coin, alone=data.processes.world_size == 1)
         data.sampler.next_step = account.budget.next_step
 
-    def renew_randomness(self) -> None:
-        """Whatever seeds were set since, user code draws secret numbers from here on."""
-        self.data.sampler.before_batch()
+    def renew_randomness(self, *, search: bool = False) -> None:
+        """Whatever seeds were set since, user code draws secret numbers from here on.
+
+        Args:
+            search: whether hooks may have made a generator.
+        """
+        self.data.sampler.before_batch(search=search)
 
     def chunks(self, batch: Any) -> Iterator[Chunk]:
         """Begin a logical batch, and give its chunks; each is to be run within `with chunk:`.
@@ -251,11 +256,19 @@ class PrivateFit:
         step.begin()
         if self._isolation is not None:
             self._isolation.begin()
-        for chunk in chunks_of(batch, drawn, step, self.data):
+        before = collectives()
+        for number, chunk in enumerate(chunks_of(batch, drawn, step, self.data)):
             if self._isolation is not None:
                 self._isolation.next_record()
-            self.renew_randomness()  # an attack, or the chunk before, may have seeded
+            # An attack, or the chunk before, may have seeded.
+            self.renew_randomness(search=number == 0)
             yield chunk
+            if self._isolation is not None and collectives() != before:
+                raise PrivacyError(
+                    "Expected a step on one record that talks to no other process, got an "
+                    "operation of several processes within it (all_reduce, all_gather): the "
+                    "records of other processes go into this one's gradient. Leave it out."
+                )
         self._note_state()
 
     def _note_state(self) -> None:

@@ -78,3 +78,11 @@ def _broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def collectives() -> int:
+    """How many operations of all processes this one has begun; 0 where it is alone."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0
+    group: Any = dist.group.WORLD
+    return int(group._get_sequence_number_for_group())

@@ -48,12 +48,12 @@ class TrainingStep:
         return self.forward(self.attack(batch))
 
     def gradient(self, batch: Any, fit: PrivateFit) -> Any:
-        """Private: the clipped sum over a logical batch; what the user's step returned last."""
+        """Private: the clipped sum over a batch; what the user's step returned last (`mean_of`)."""
         if isinstance(batch, RecordBatches):
             return mean_of(self._records(batch, fit))
         output = None
         if self.adversarial is not None:
-            fit.renew_randomness()  # before each forward `chunks` does
+            fit.renew_randomness(search=True)  # before each forward `chunks` does
         for chunk in fit.chunks(self.attack(batch)):
             with chunk:  # folds at its end; where memory runs out it is taken again in halves
                 output = self.forward(chunk.batch)

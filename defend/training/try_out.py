@@ -110,6 +110,8 @@ class TryOut:
 
     def _rows_to_try(self) -> int:
         views, chunk = self._data.views, self._data.chunk_size
+        if self._data.isolated:  # a loss that meets many records is asked for all of them
+            return min(2 * self._data.ordinary_rows, _MAX_RECORDS_IN_SELFTEST * views)
         if views > 1 and chunk is not None:  # no more rows at once than in training
             most = min(self._dry_run.records, RECORDS)
             self._dry_run.records = min(max(chunk // views + 1, 3), most)

@@ -44,10 +44,10 @@ class Income(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
-def main():
+def main(count=4000, epochs=3):
     privacy = DifferentialPrivacy(target_epsilon=3.0, delta=1e-5, max_grad_norm=1.0)
-    trainer = pl.Trainer(max_epochs=3, callbacks=[privacy], accelerator="auto")
-    train = DataLoader(people(), batch_size=256, shuffle=True)
+    trainer = pl.Trainer(max_epochs=epochs, callbacks=[privacy], accelerator="auto")
+    train = DataLoader(people(count), batch_size=256, shuffle=True)
     trainer.fit(Income(), train, DataLoader(people(1000, seed=1), batch_size=500))
     accuracy = float(trainer.callback_metrics["val_accuracy"])
     print(f"accuracy {accuracy:.3f} at epsilon {privacy.epsilon:.2f}")

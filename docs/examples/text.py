@@ -56,19 +56,21 @@ class Classifier(pl.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=2e-3)
 
 
-def phase(module, epochs):
+def phase(module, count):
     privacy = DifferentialPrivacy(noise_multiplier=1.0, delta=1e-4, max_grad_norm=1.0)
-    trainer = pl.Trainer(max_epochs=epochs, callbacks=[privacy], accelerator="auto")
-    trainer.fit(module, DataLoader(Reviews(), batch_size=100, shuffle=True, collate_fn=collate))
+    trainer = pl.Trainer(max_epochs=1, callbacks=[privacy], accelerator="auto")
+    trainer.fit(
+        module, DataLoader(Reviews(count), batch_size=100, shuffle=True, collate_fn=collate)
+    )
     return privacy
 
 
-def main():
+def main(count=1000):
     module = Classifier()
     module.model.bert.requires_grad_(False)
-    first = phase(module, epochs=1)
+    first = phase(module, count)
     module.model.requires_grad_(True)
-    both = phase(module, epochs=1)
+    both = phase(module, count)
     print(f"epsilon {first.epsilon:.2f} for the head, {both.epsilon:.2f} for both phases")
     return first, both
 

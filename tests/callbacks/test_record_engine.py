@@ -197,12 +197,157 @@ class Detached(Cells):
     [
         (Squeezed, "record", "works on one record, got RuntimeError.* keep the batch dimension"),
         (Squeezed, "auto", "works on one record"),
-        (Detached, "record", "got no gradient of 3 records"),
+        (Detached, "record", "got no finite gradient of 3 records"),
     ],
 )
 def test_a_step_that_gives_nothing_for_one_record_is_refused(make, engine, message):
     with pytest.raises(PrivacyError, match=message):
         fit(make(), private(engine=engine))
+
+
+class Correlated(Cells):
+    """One record alone has no deviation: its loss is no number."""
+
+    def loss(self, x, y):
+        p, t = self(x)[:, 0], y.float()
+        p, t = p - p.mean(), t - t.mean()
+        return 1 - (p * t).sum() / (p.square().sum().sqrt() * t.square().sum().sqrt())
+
+
+class LargeBatches(Cells):
+    """Couples records where there are many."""
+
+    def loss(self, x, y):
+        loss = super().loss(x, y)
+        return loss + self(x).mean(0).square().sum() if len(x) >= 8 else loss
+
+
+class Elsewhere(Cells):
+    """Trains on the first records, whatever it is given."""
+
+    def on_after_batch_transfer(self, batch, idx):
+        return data(4).tensors
+
+
+class Ragged(Dataset):
+    """Bags of different length, one a batch."""
+
+    def __len__(self):
+        return RECORDS
+
+    def __getitem__(self, i):
+        return torch.full((2 + i % 4, 8), i / RECORDS), i % 3
+
+
+class OneBag(Cells):
+    def training_step(self, batch, batch_idx):
+        bag, y = batch
+        return F.cross_entropy(self(bag[0]).mean(0, keepdim=True), y)
+
+
+@pytest.mark.parametrize(
+    ("make", "engine", "message"),
+    [
+        (Correlated, "auto", "no finite gradient|plain mean over rows"),
+        (Correlated, "record", "no finite gradient"),
+        (LargeBatches, "auto", "plain mean over rows of what each record alone gives"),
+        (Elsewhere, "auto", "another gradient for another record"),
+        (Elsewhere, "record", "another gradient for another record"),
+    ],
+)
+def test_what_no_record_alone_can_give_is_refused(make, engine, message):
+    with pytest.raises(PrivacyError, match=message):
+        fit(make(), private(engine=engine))
+
+
+def test_bags_of_different_length_one_a_batch():
+    callback = private(noise_multiplier=1.0)
+    run = trainer(callbacks=[callback], max_steps=3, max_epochs=None)
+    run.fit(OneBag(), DataLoader(Ragged(), batch_size=1))
+    assert callback.settings()["engine"] == "record"
+    assert callback.steps == 3
+
+
+class Teacher(Cells):
+    """A momentum teacher, moved in the step; and numbers in a list for the end of the epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = nn.Linear(8, 3).requires_grad_(False)
+        self.register_buffer("calls", torch.zeros(()))
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        self.teacher.weight.data.mul_(0.5).add_(1.0)
+        self.calls += 1
+        loss = self.loss(*batch)
+        self.losses.append(loss.item())
+        return loss
+
+
+def test_a_teacher_and_a_counter_move_once_a_step_and_lists_keep_every_record():
+    module, start = Teacher(), Teacher().teacher.weight
+    fit(module, private(engine="record"))
+    torch.testing.assert_close(module.teacher.weight, 0.5 * start + 1.0)
+    assert module.calls == 1
+    assert len(module.losses) == RECORDS
+
+
+class Padding(Dataset):
+    """Gives all records of a batch at once, padded to the largest."""
+
+    def __len__(self):
+        return RECORDS
+
+    def __getitem__(self, i):
+        return data(RECORDS)[i]
+
+    def __getitems__(self, indices):
+        largest = max(float(data(RECORDS)[i][0].max()) for i in indices)
+        return [(x / largest, y) for x, y in map(data(RECORDS).__getitem__, indices)]
+
+
+@pytest.mark.parametrize("engine", ["record", "hooks"])
+def test_records_do_not_meet_in_the_data_set(engine):
+    make = Cells if engine == "record" else Alike
+    module = make()
+    fit(module, private(engine=engine), Padding())
+    torch.testing.assert_close(flat(module), expected_after_a_step(make()))
+
+
+def test_a_step_that_talks_to_other_processes_is_refused(tmp_path):
+    class Reduces(Cells):
+        def loss(self, x, y):
+            count = torch.ones(1)
+            torch.distributed.all_reduce(count)
+            return super().loss(x, y) / count[0]
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        fit(Cells(), private(engine="record"))
+        with pytest.raises(PrivacyError, match="talks to no other process"):
+            fit(Reduces(), private(engine="record"))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_generators_that_a_hook_makes_draw_secret_numbers_at_every_step(tmp_path):
+    class Makes(Cells):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.rng = np.random.default_rng(1)
+
+        def training_step(self, batch, batch_idx):
+            if not type(self.trainer).__name__.startswith("Trial"):
+                with (tmp_path / "drawn").open("a") as file:
+                    print(self.rng.random(), file=file)
+            return self.loss(*batch)
+
+    callback = private(engine="record", insecure_seed=None, noise_multiplier=1.0)
+    fit(Makes(), callback, max_steps=7)
+    drawn = (tmp_path / "drawn").read_text().split()
+    assert len(set(drawn)) == len(drawn) == 7 * RECORDS
 
 
 # --- each record alone ----------------------------------------------------------------------------

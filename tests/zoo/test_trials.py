@@ -67,6 +67,6 @@ def test_the_page():
     refused = {"engine": None, "why": "x", "distance": 0.0, "times": None}
     rows = [("one", row), ("two", refused)]
     text = page({n: {"name": n, "family": "other", "trial": t} for n, t in rows})
-    assert "1 train, 0 of them by the layers' hooks, 1 one record at a time" in text
+    assert "1 train, 0 of them by the layers' hooks, 1 one\nrecord at a time" in text
     assert "| other | one | record | 2e-07 | 4.2 |" in text
     assert "| other | two | refused | 0e+00 |  |" in text

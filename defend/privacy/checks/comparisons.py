@@ -12,7 +12,7 @@ from torch import Tensor
 
 from defend.errors import IndistinctRowsError, PrivacyError
 from defend.privacy.checks.constant_randomness import ConstantRandomness
-from defend.privacy.checks.coupling import AS_RECORDS, PARTS_AND_SEEDS, adds_up
+from defend.privacy.checks.coupling import AS_RECORDS, PARTS_AND_SEEDS, excess
 from defend.privacy.checks.differences import mixture
 from defend.privacy.checks.known_numbers import refuse_known_numbers, refuse_known_starts
 from defend.privacy.checks.module_copy import rows_differ, same, tensors_by_name, tensors_of
@@ -132,7 +132,7 @@ class Comparisons:
     ) -> None:
         """A record's gradient is another one in a batch, as the hooks see it: is it, too?"""
         name, difference = worst
-        if adds_up(self.copy, records, part, seed):
+        if excess(self.copy, records, part, seed) is None:
             raise IndistinctRowsError(
                 "Expected rows of a batch that stay the records' own through every layer, got a "
                 f"gradient that differs by {difference:.0%} at `{name}` from the record's own. "

@@ -4,11 +4,14 @@ With G(S) = |S| · ∇loss(S), the plain mean of what each record alone gives ha
 
     G(a, b) − G(a) = G(c, b) − G(c) = g_b
 
-and what mixes records, or divides by what the batch holds, has not.
+and what mixes records, or divides by what the batch holds, has not. Nor is G(S) the sum of the G of
+each record then, or where a row's place in the batch goes into it.
 """
 
+import math
 import time
 from collections import Counter
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -27,8 +30,10 @@ _FEWEST, _SECONDS = 4, 0.5  # changes to a record that are tried
 _ROUNDINGS = 64  # of the largest gradient, by which differences may be off
 
 
-def adds_up(copy: StepOnCopy, records: list[Any], part: float, seed: int) -> bool:
-    """Whether G(S) is the sum of the G of each record, at these random numbers.
+def excess(
+    copy: StepOnCopy, records: list[Any], part: float, seed: int
+) -> tuple[str, float] | None:
+    """Where G(S) is not the sum of the G of each record, at these random numbers; None if nowhere.
 
     Args:
         copy: the step on a copy of the module.
@@ -39,7 +44,7 @@ def adds_up(copy: StepOnCopy, records: list[Any], part: float, seed: int) -> boo
     with ConstantRandomness(part):
         together = [g * len(records) for g in copy.gradient_together(records, seed)]
         alone = [copy.gradient_alone(record, seed) for record in records]
-    return copy.difference(together, [sum(parts) for parts in zip(*alone, strict=True)]) is None
+    return copy.difference(together, [sum(parts) for parts in zip(*alone, strict=True)])
 
 
 def coupling(
@@ -56,51 +61,59 @@ def coupling(
         seed: of the other random numbers.
     """
 
-    largest: list[float] = []
-
     def of(records: list[Any]) -> list[Tensor]:
-        found = [g * len(records) for g in copy.gradient_together(records, seed)]
-        largest.append(_norm(found))
-        return found
-
-    def of_rest(first: Any) -> list[Tensor] | None:
-        together, alone = of([first, *rest]), of([first])
-        if not all(bool(g.isfinite().all()) for g in alone):
-            return None  # it says nothing by itself
-        return [a - b for a, b in zip(together, alone, strict=True)]
+        return [g * len(records) for g in copy.gradient_together(records, seed)]
 
     with ConstantRandomness(part):
-        found, expected = of_rest(one), of_rest(other)
-    if found is None or expected is None:
-        return None
+        pairs = [(of([first, *rest]), of([first])) for first in (one, other)]
+    for together, alone in pairs:
+        if not _finite(alone):  # others make up for it, or it says nothing by itself
+            return ("the loss", math.inf) if _finite(together) else None
+    found, expected = ([a - b for a, b in zip(*pair, strict=True)] for pair in pairs)
     apart = _norm([a - b for a, b in zip(found, expected, strict=True)])
     kind = torch.bfloat16 if copy.step.half else found[0].dtype
-    finite = all(bool(g.isfinite().all()) for g in (*found, *expected))
-    rounding = _ROUNDINGS * torch.finfo(kind).eps * max(largest)
-    if finite and apart <= rounding:  # an outlier drowns the rest
-        return None
+    largest = max(_norm(together) for together, _ in pairs)
+    if _finite(found + expected) and apart <= _ROUNDINGS * torch.finfo(kind).eps * largest:
+        return None  # an outlier drowns the rest
     return copy.difference(found, expected)
+
+
+def _finite(gradients: list[Tensor]) -> bool:
+    return all(bool(g.isfinite().all()) for g in gradients)
 
 
 def _norm(gradients: list[Tensor]) -> float:
     return float(torch.stack([g.double().nan_to_num().norm() for g in gradients]).norm())
 
 
-def refuse_coupled(copy: StepOnCopy, records: list[Any], values: list[Counter[int]]) -> None:
+def refuse_coupled(
+    copy: StepOnCopy, records: list[Any], values: list[Counter[int]], count: int
+) -> None:
     """Refuse a loss that is no mean of what each record alone gives, to be taken record by record.
 
     Args:
         copy: the step on a copy of the module.
         records: at least three.
         values: the integers that occur in each field of an item.
+        count: records of an ordinary batch: a loss may couple in large ones only.
 
     Raises:
         PrivacyError: names the mode that would train it, and what it would change.
     """
     start, (one, other, *rest) = time.perf_counter(), records
+    try:
+        copy.gradient_together([one, other], 0)
+    except PrivacyError:
+        raise
+    except Exception:
+        return  # a step on one record, as with batch_size=1
     for part, seed in PARTS_AND_SEEDS:
         _judge(coupling(copy, one, other, rest[:1], part, seed))
     _judge(coupling(copy, one, other, rest))
+    if not copy.drew:  # else a record draws other numbers at another place
+        _judge(excess(copy, records, *PARTS_AND_SEEDS[0]))
+    if count - 1 > len(rest):
+        _judge(coupling(copy, one, other, list(islice(cycle(rest), count - 1))))
     if any(device.type != "cpu" for device in copy.devices):
         return  # an index that is out of range stops a GPU for good
     for number, change in enumerate(changes_of(one, values)):

@@ -18,10 +18,11 @@ class Isolation:
             ...
                                           # the last one's stays, like that of any step
 
-    Put back are buffers, and what `kept_state.remember` knows: attributes, items, cells and globals
-    of the user's code, and numbers in them. What it does not know stays the user's promise: large
-    tensors outside of buffers, objects of libraries, files. Metrics of torchmetrics go on counting:
-    they are read by loggers.
+    Put back are buffers, frozen weights (up to 64 MB), and what `kept_state.remember` knows:
+    attributes, items, cells and globals of the user's code, and numbers in them. What it does not
+    know stays the user's promise: large tensors outside of buffers, objects of libraries, files.
+    Metrics of torchmetrics go on counting, and lists that are appended to stay as they are: they
+    are read by loggers.
 
     Args:
         module: the model, or a copy of it.
@@ -39,7 +40,7 @@ class Isolation:
         """A step begins: remember the state."""
         roots, skip = roots_of(self._module, self._code, self._skip)
         objects = objects_in(roots, skip, users_only=True)
-        self._undo = [remember(objects), remember_buffers(self._module)]
+        self._undo = [remember(objects, lists_grow=True), remember_buffers(self._module)]
         self._is_first = True
 
     def next_record(self) -> None:
@@ -50,18 +51,12 @@ class Isolation:
         self._is_first = False
 
 
-_TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
-
-
 def roots_of(
     module: nn.Module, code: Iterable[Any], skip: Iterable[Any]
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Where a search for what user code keeps begins, and what it does not enter."""
     classes = {type(m) for m in module.modules() if is_users(type(m))}
     tables = [t for m in module.modules() for t in (m._parameters, m._buffers)]
-    # Most modules have a dozen tables of hooks without one.
-    for m in module.modules():
-        tables += [v for n, v in vars(m).items() if n in _TABLES and not v]
     return (module, *classes, *code), (*skip, *tables)
 
 

@@ -28,7 +28,7 @@ _LARGE, _ALL = 2**22, 2**26
 Undo = Callable[[], bool]  # puts something back; whether it had changed
 
 
-def remember(objects: Iterable[Any]) -> Undo:
+def remember(objects: Iterable[Any], *, lists_grow: bool = False) -> Undo:
     """Remember what objects hold; returns what puts it back, and says whether anything changed.
 
     Looked at are cells and globals of functions, attributes of classes and objects of the user's
@@ -38,6 +38,7 @@ def remember(objects: Iterable[Any]) -> Undo:
 
     Args:
         objects: from `objects_in`.
+        lists_grow: whether lists that were only appended to stay as they are.
     """
     undo: list[Undo] = []
     left = [_ALL]
@@ -47,7 +48,7 @@ def remember(objects: Iterable[Any]) -> Undo:
         elif isinstance(value, type):
             undo += _of_class(value, left)
         elif not isinstance(value, DataLoader):
-            undo += _of_container(value, left)
+            undo += _of_container(value, left, lists_grow)
 
     def put_back() -> bool:
         return sum(step() for step in undo) > 0  # all of them
@@ -56,13 +57,16 @@ def remember(objects: Iterable[Any]) -> Undo:
 
 
 def remember_buffers(module: nn.Module) -> Undo:
-    """The same of all buffers of a module, whatever their size."""
+    """The same of buffers, and of frozen weights where all together are not too large."""
     undo: list[Undo] = []
     for m in module.modules():
-        if m._buffers:
+        if isinstance(m._buffers, dict) and m._buffers:  # TorchScript has something else
             undo.append(partial(_refill, m._buffers, dict(m._buffers)))
-            held = [b for b in m._buffers.values() if b is not None and not b.is_meta]
-            undo += [partial(_rewrite, b, b.detach().clone()) for b in held]
+    frozen = [p for p in module.parameters() if not p.requires_grad and not p.is_meta]
+    if sum(p.nbytes for p in frozen) > _ALL:
+        frozen = []
+    held = [*(b for b in module.buffers() if not b.is_meta), *frozen]
+    undo += [partial(_rewrite, b, b.detach().clone()) for b in held]
 
     def put_back() -> bool:
         return sum(step() for step in undo) > 0
@@ -89,7 +93,7 @@ def _of_class(kind: type, left: list[int]) -> Iterator[Undo]:
         yield from _of_values(vars(kind).values(), left)
 
 
-def _of_container(value: Any, left: list[int]) -> Iterator[Undo]:
+def _of_container(value: Any, left: list[int], lists_grow: bool) -> Iterator[Undo]:
     held = value if type(value) in _CONTAINERS else None
     if isinstance(value, nn.Module) or (
         is_users(type(value)) and not isinstance(value, types.ModuleType)
@@ -100,7 +104,10 @@ def _of_container(value: Any, left: list[int]) -> Iterator[Undo]:
             yield partial(_reset, value, name, getattr(value, name))
             yield from _of_values([getattr(value, name)], left)
     if held is not None and len(held) <= _MOST_ITEMS:
-        yield partial(_refill, held, copy.copy(held))
+        if lists_grow and type(held) is list:
+            yield partial(_refill_unless_grown, held, copy.copy(held))
+        else:
+            yield partial(_refill, held, copy.copy(held))
         yield from _of_values(held.values() if isinstance(held, dict) else held, left)
 
 
@@ -182,6 +189,12 @@ def _refill(container: Any, held: Any) -> bool:
         container.clear()
         container.extend(held)
     return True
+
+
+def _refill_unless_grown(container: list[Any], held: list[Any]) -> bool:
+    if len(container) >= len(held) and all(map(is_, container, held)):
+        return False
+    return _refill(container, held)
 
 
 def _rewrite(target: Any, held: Any) -> bool:

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from defend.errors import PrivacyError
 from defend.privacy.checks.comparisons import Comparisons
 from defend.privacy.checks.module_copy import tensors_by_name
@@ -31,7 +34,7 @@ class RecordComparisons(Comparisons):
         copy = self.copy
         assert isinstance(copy, RecordsOnCopy)
         try:
-            copy.gradient_alone(self.records[0], 0)
+            gradients = [copy.gradient_alone(self.records[0], 0)]
         except PrivacyError:
             raise
         except Exception as error:
@@ -42,14 +45,20 @@ class RecordComparisons(Comparisons):
                 "squeeze()), use no statistics of the batch, and let the collate function take one "
                 "record."
             ) from error
-        for record in self.records[1:]:
-            if copy.trains:
-                return
-            copy.gradient_alone(record, 0)
-        if not copy.trains:
+        gradients += [copy.gradient_alone(record, 0) for record in self.records[1:]]
+        if not copy.trains or not any(all(map(_is_finite, g)) for g in gradients):
             raise PrivacyError(
                 "Expected `training_step` to return a loss that depends on the parameters, got no "
-                f"gradient of {len(self.records)} records. Return a loss with a graph."
+                f"finite gradient of {len(self.records)} records. Return a loss with a graph, that "
+                "is a number for one record, too."
+            )
+        first, *others = gradients
+        alike = all(all(map(torch.equal, first, g)) for g in others)
+        if others and alike and any(bool(g.any()) for g in first):
+            raise PrivacyError(
+                f"Expected another gradient for another record, got the same for {len(gradients)}. "
+                "The step or a hook of the transfer trains on something else than the batch that "
+                "it is given; whose records that are, nobody knows. Train on the batch."
             )
 
     def later_parts(self, turn: int) -> None:
@@ -83,3 +92,7 @@ class RecordComparisons(Comparisons):
 
     def _refuse_known(self, attacked: Any, steps: int) -> None:
         """A record may draw what it likes: it tells nothing of another one."""
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    return bool(gradient.isfinite().all())

@@ -145,7 +145,8 @@ def selftest(
             else:
                 comparisons.later_parts(turn)
             if turn == 0 and not step.may_couple:
-                refuse_coupled(copy, list(records), source.values)
+                count = (rows or 0) // step.views
+                refuse_coupled(copy, list(records), source.values, count)
             if not step.isolated:
                 _try_rare_ones(module, comparisons, source.values, turn)
     except PrivacyError as error:  # ours, or what reading the gradients found by itself

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.random import RandomState
-from torch import Tensor
+from torch import Tensor, nn
 
 from defend.errors import PrivacyError
 from defend.privacy.mechanism.libraries import CLOSED, LIBRARIES, package
@@ -230,10 +230,16 @@ def _parts(value: Any) -> Iterator[Any]:
         if package(value) not in LIBRARIES:
             yield from (_of_class(part, None) for part in vars(value).values())
     elif not isinstance(value, types.ModuleType):
-        yield from _some(getattr(value, "__dict__", {}).values())
+        kept = _some(getattr(value, "__dict__", {}).items())
+        if isinstance(value, nn.Module):  # a dozen tables of hooks, mostly without one
+            kept = [(n, v) for n, v in kept if n not in _TABLES or v]
+        yield from (v for _, v in kept)
         for kind in type(value).__mro__:
             if package(kind) not in LIBRARIES:
                 yield from (_of_class(part, value) for part in vars(kind).values())
+
+
+_TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
 
 
 def _some(values: Iterable[Any]) -> list[Any]:

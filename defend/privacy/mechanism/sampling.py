@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from defend.errors import PrivacyError
 from defend.privacy.mechanism.randomness import Randomness
@@ -96,7 +96,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.before_batch: Callable[..., None] = _do_nothing
 
     def begin_anew(self, *, chunk_size: int | None) -> None:
-        """Nothing was drawn yet, and other chunks will be run."""
+        """What was drawn so far, ahead of the first step, is given up; other chunks will be run."""
         self.drawn.clear()
         self.epochs, self.chunk_size = 0, chunk_size
 
@@ -176,4 +176,32 @@ def poisson_loader(loader: DataLoader, sampler: PoissonBatchSampler) -> DataLoad
     if loader.num_workers > 0 and not known:
         worker = SecretWorker(loader.worker_init_fn, loader.collate_fn)
         settings |= {"worker_init_fn": worker.init, "collate_fn": worker.collate}
-    return DataLoader(loader.dataset, batch_sampler=sampler, **settings)
+    dataset = loader.dataset
+    if hasattr(dataset, "__getitems__"):
+        dataset = OneByOne(dataset)
+    return DataLoader(dataset, batch_sampler=sampler, **settings)
+
+
+class OneByOne(Dataset):
+    """A data set that is asked for one record at a time, as the self-test asks it.
+
+    `__getitems__` gets all records of a batch at once: what it makes of them, padding to the
+    longest say, may depend on the others.
+
+    Args:
+        dataset: the user's; has all attributes.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset" or name.startswith("__"):  # of a copy in the making; `__getitems__`
+            raise AttributeError(name)
+        return getattr(self.dataset, name)

@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -50,8 +51,17 @@ def bf16_weights() -> Outcome:
 
 @BREAKS.add
 def complex_weights() -> Outcome:
-    fit(Plain(ComplexScale()))
-    return Outcome("open", "it went on")
+    found: list[Tensor] = []
+
+    class Spy(Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            found.append(pl_module.network.scale.grad.clone())
+
+    data = DataLoader(TensorDataset(*batch()), ROWS)
+    fit(Still(ComplexScale()), data, dp(), (Spy(),), max_epochs=2)
+    noise = (found[0] - found[1]) * ROWS / 0.1 / 2**0.5
+    parts = [float(part.std()) for part in (noise.real, noise.imag)]
+    return holds(all(abs(p - 1) < 0.1 for p in parts), "noise of σC on each part")
 
 
 # --- noise ---------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def largest_move(
 ) -> float:
     """How far one record moves the sum that a step releases, in units of C: the worst found."""
     x, y = batch() if data is None else data
-    rows = len(x)
+    rows, engine = len(x), ["auto"]
 
     def total(x: Tensor, y: Tensor, norm: float) -> Tensor:
         with same_weights():
@@ -156,8 +156,10 @@ def largest_move(
             max_grad_norm=norm,
             ledger=False,
             selftest=len(x) == rows,  # on the whole batch; it says the same without a record
+            engine=engine[-1],
         )
         fit(user, DataLoader(TensorDataset(x, y), len(x)), callback, (*extra, spy), **settings)
+        engine.append(callback.settings()["engine"])
         return spy.gradients[0].double() * len(x)
 
     return max(sensitivity(partial(total, norm=norm), x, y) / norm for norm in norms)
