@@ -25,6 +25,7 @@ ATTACK = PGD(Linf(0.1), steps=2, random_start=False)
         "lightning exact",
         "lightning robust",
         "lightning both",
+        "lightning record",
         "lightning objectives",
         "lightning empty ranks",
         "lightning adaptive",

@@ -33,6 +33,7 @@ from defend import (
     Linf,
     RobustnessEvaluation,
 )
+from defend.batching.records import RecordBatches
 from defend.objectives import AWP, MART, TRADES, Madry
 from defend.privacy import AdaptiveClipping, Randomness
 from tests.distributed import launch, process_group, two_processes
@@ -117,10 +118,10 @@ def _loop(private, model, epochs):
     report = {"released": [], "rows": [], "masks": []}
     sampler = fit_of(private).data.sampler
     for epoch in range(epochs):
-        for step, (x, y) in enumerate(private.loader):
-            private.step((x, y))
+        for step, batch in enumerate(private.loader):
+            private.step(batch)
             report["released"].append(gradients(model))
-            report["rows"].append(x[:, 0])
+            report["rows"].append(rows_of(batch))
             report["masks"].append(sampler.sample(epoch * private.steps_per_epoch + step))
     return report | {
         "weights": flat(model),
@@ -130,6 +131,12 @@ def _loop(private, model, epochs):
         "ledger": str(private.ledger_path.resolve()),
         "writes": bool(fit_of(private).account.ledgers),
     }
+
+
+def rows_of(batch):
+    """The first number of each row."""
+    alone = isinstance(batch, RecordBatches)
+    return torch.cat([x[:, 0] for x, _ in batch]) if alone else batch[0][:, 0]
 
 
 class Watch(Callback):
@@ -142,7 +149,7 @@ class Watch(Callback):
         self.report["released"].append(gradients(pl_module))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.report["rows"].append(batch[0][:, 0])
+        self.report["rows"].append(rows_of(batch))
 
     def on_train_end(self, trainer, pl_module):
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if "robust" in k}
@@ -233,12 +240,14 @@ def no_ledger_at(folder):
 LOOPS = {"plain": plain, "fabric": fabric, "lightning": lightning}
 FEW = {"alone": None, "several": 3}  # a chunk size
 QUIET = {"lr": 0.0, "epochs": 6}
+FEW_RECORDS = {"records": 12, "batch": 2, "epochs": 6}
 CASES = {
     "plain exact": ("plain", {"chunk_size": FEW}),
     "plain empty ranks": ("plain", {"records": 12, "batch": 2, "epochs": 6}),
     "plain shards": (
         "plain", {"sharded": True, "adversarial": Adversarial(ATTACK), "chunk_size": FEW},
     ),
+    "plain record": ("plain", {"engine": "record"}),
     "plain adaptive": ("plain", {"clipping": AdaptiveClipping(), "chunk_size": FEW}),
     "plain no seed": ("plain", {"insecure_seed": None, "noise_multiplier": 1.0}),
     "plain twice": ("plain", {"trainings": 2, "insecure_seed": None, "noise_multiplier": 1.0}),
@@ -257,6 +266,10 @@ CASES = {
         "lightning", {"batch": 64, "private": False, "robust": True},
     ),
     "lightning both": ("lightning", {"robust": True, "noise_multiplier": 0.8, "chunk_size": FEW}),
+    "lightning record": (
+        "lightning",
+        {"engine": "record", "robust": AWP(TRADES(), gamma=0.1), "views": 2, **FEW_RECORDS},
+    ),
     "lightning objectives": (
         "lightning",
         {"robust": AWP(TRADES(), gamma=0.1), "views": 2, "chunk_size": FEW},

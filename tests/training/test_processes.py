@@ -16,7 +16,7 @@ C = 0.5
 
 
 @pytest.mark.parametrize(
-    "case", ["plain exact", "plain empty ranks", "plain shards", "plain adaptive"]
+    "case", ["plain exact", "plain empty ranks", "plain shards", "plain adaptive", "plain record"]
 )
 def test_two_processes_equal_one(case):
     """Without noise; in chunks of 3 against one chunk; with ranks that have no record.
