@@ -82,7 +82,11 @@ class DataIdentity:
             return True
         if self.named and known.named:
             return False
-        if self.content == known.content or set(self.parts) & set(known.parts):
+        shared = len(set(self.parts) & set(known.parts))
+        whole = shared > 0 and shared in (len(self.parts), len(known.parts))
+        if self.content == known.content or whole:
+            return True
+        if shared and not self.named:  # a column of dates may be all; then a name tells
             return True
         if self.named:  # what can be seen differs, and the user calls it by another name
             return False

@@ -287,6 +287,8 @@ def test_whether_two_data_sets_are_the_same():
         (identify(Own()), identify(Own())),
         (named(base), named(Own())),
         (identify(Made("a")), identify(Own(base=Made("a")))),
+        (identify(Own(x=x, day=list("abcdef"))), identify(Own(x=x + 1, day=list("abcdef")))),
+        (identify(Own(x=x)), named(Own(x=x, day=list("abcdef")))),
         (named(base), identify(base)),
         (identify(base), identify(Subset(base, torch.randperm(N)))),
         (identify(Subset(base, [1, 2])), identify(Subset(base, [2, 1]))),
@@ -295,6 +297,7 @@ def test_whether_two_data_sets_are_the_same():
     other = [
         (identify(base), identify(TensorDataset(x + 1, y))),  # with the same labels
         (identify(base, "yours"), named(base)),
+        (identify(Own(x=x, day=list("abcdef"))), named(Own(x=x + 1, day=list("abcdef")))),
         (identify(Own()), named(Files())),
         # labels, a mask and indices that others share are none of what tells them
         *((identify(shared(x)), identify(shared(x + 1))) for x in (x, x.numpy())),
