@@ -20,6 +20,7 @@ from defend.callbacks._setup import (
 )
 from defend.callbacks._strategy import PatchedStrategy
 from defend.errors import InputError, PrivacyError
+from defend.privacy.accounting.known_weights import tensors_in
 from defend.privacy.checks.dry_run import DryRun
 from defend.privacy.checks.preconditions import Setup, check
 from defend.privacy.mechanism.clipping import Clipping, FlatClipping
@@ -336,9 +337,10 @@ class DifferentialPrivacy(PrivacyReport, DefendCallback):
     def note_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint is about to be saved: its weights are to be known to later runs."""
         if self._fit is not None:
-            weights = checkpoint.get("state_dict", {})
-            named = ((n, w) for n, w in weights.items() if isinstance(w, torch.Tensor))
-            self._fit.account.note_weights(named)
+            weights = dict(tensors_in(checkpoint.get("state_dict", {})))
+            known_elsewhere = ("state_dict", "optimizer_states")
+            rest = {key: v for key, v in checkpoint.items() if key not in known_elsewhere}
+            self._fit.account.note_weights({**dict(tensors_in(rest, "of")), **weights})
 
     def note_validation_end(self) -> None:
         """All hooks of a validation ran."""

@@ -2,7 +2,7 @@
 
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ from defend.errors import PrivacyError
 from defend.privacy.accounting.budget import FitBudget
 from defend.privacy.accounting.fingerprint import DataIdentity
 from defend.privacy.accounting.history import History
-from defend.privacy.accounting.known_weights import data_facts, moved_weights
+from defend.privacy.accounting.known_weights import data_facts, moved_copies, moved_weights
 from defend.privacy.accounting.ledger import Anchor, Ledger
 from defend.training.config import Privacy
 from defend.training.one_account import THIS_PROCESS, Asked, Beginning, begin, is_collecting
@@ -210,13 +210,14 @@ class FitAccount:
             ledger.doubt(self.budget.name, since=since)
             self._account.anchor = ledger.anchor
 
-    def note_weights(self, more: Iterable[tuple[str, Tensor]] = ()) -> None:
+    def note_weights(self, more: Mapping[str, Tensor] | None = None) -> None:
         """Make the parameters that this fit moved known to later fits, as they are now.
 
         To be called wherever weights may be taken away: a checkpoint, the end of a fit.
 
         Args:
-            more: names and values of parameters that are taken away, too: averages, say.
+            more: names and values of tensors that are taken away, too. Those with the name of a
+                parameter count as it, others where they look like one that moved: averages, say.
 
         Raises:
             PrivacyError: if they cannot be written down.
@@ -230,10 +231,13 @@ class FitAccount:
             return  # another process writes it, or a write has failed
         named = dict(module.named_parameters())
         moved = moved_weights(named.items(), self._start)
-        for name in moved:
+        for name in self._start.keys() & named.keys():  # frozen ones, too: they may be merged into
             THIS_PROCESS.note_moved(named[name], self._start[name], fit, self._origins)
         self._write(moved)
-        self._write(moved_weights(more, self._start))
+        if more:
+            self._write(moved_weights(more.items(), self._start))
+            like = [named[name] for name in moved]
+            self._write(moved_copies(more.items(), like, self._start))
 
     def note_pass(self, *, last: bool) -> None:
         """The same at the end of a pass over the data: not at each, if passes are short.

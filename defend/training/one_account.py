@@ -9,7 +9,7 @@ import atexit
 import gc
 import sys
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -36,8 +36,8 @@ class ThisProcess:
     Attributes:
         ledgers: files that it wrote to or resumed from.
         unwritten: what is known of fits without a ledger.
-        moved: parameter → how it started, the fit that moved it, and the data it saw. It tells of a
-            model that was changed after its fit: averaged, say, so that no ledger has its weights.
+        moved: parameter → how it started, the last fit of its model, and the data it saw. It tells
+            of a model that was changed after its fit: averaged, merged, so that no ledger has it.
         open: fits that are not over.
     """
 
@@ -52,9 +52,12 @@ class ThisProcess:
             fit.note_weights()
 
     def note_moved(self, parameter: Tensor, start: str, fit: str, origins: Origins) -> None:
-        """A fit moved a parameter of a model that lives in this process."""
-        first = self.moved.get(parameter)
-        self.moved[parameter] = (start if first is None else first[0], fit, origins)
+        """A fit may have moved a parameter of a model that lives in this process.
+
+        One that was frozen is as it started, until someone merges what was trained into it.
+        """
+        begun, _, seen = self.moved.get(parameter, (start, fit, {}))
+        self.moved[parameter] = (begun, fit, {**seen, **origins})
 
 
 THIS_PROCESS = ThisProcess()
@@ -123,22 +126,59 @@ def begin(module: nn.Module, asked: Asked) -> Beginning:
     THIS_PROCESS.note_open()
     start = weight_digests(module.named_parameters())
     ledgers = _ledgers(asked)
-    origins: Origins = {}
-    for known in (*ledgers.values(), THIS_PROCESS.unwritten):
-        for fit in _fits_of(start.values(), known):
-            origins |= known.fits.get(fit, {fit: _NO_DATA})
+    newest_last = sorted(ledgers.values(), key=lambda known: known.written)
+    sources = [THIS_PROCESS.unwritten, *newest_last]
+    origins = _origins(start.values(), sources, _own_fits(asked, ledgers))
+    told = {digest for known in sources for digest in known.weights}
     for name, parameter in module.named_parameters():
-        begun, fit, seen = THIS_PROCESS.moved.get(parameter, (None, None, {}))
-        if fit is not None and start.get(name) != begun:
-            origins |= {**seen, **origins}
+        begun, _, seen = THIS_PROCESS.moved.get(parameter, (None, None, {}))
+        if seen and start.get(name) not in (begun, *told):
+            origins = {**seen, **origins}
     continues = _continued(origins, asked, ledgers)
     before = {fit: data for fit, data in origins.items() if asked.data.same_as(data) is not True}
     return Beginning(start, continues, before)
 
 
-def _fits_of(digests: Iterable[str], known: Known) -> set[str]:
-    found: set[str] = set()
-    return found.union(*(known.weights[d] for d in digests if d in known.weights))
+def _origins(digests: Iterable[str], sources: Sequence[Known], own: set[str]) -> Origins:
+    """The fits that weights come from, and those before them.
+
+    Runs without noise, or with one seed, give equal weights: for each tensor, and all fits on the
+    same data that gave it, one account is enough.
+
+    Args:
+        digests: of the weights.
+        sources: what is known, the best ledger last.
+        own: fits of the account that is asked for; where one explains a tensor, others need not.
+    """
+    facts = {fit: seen for known in sources for fit, seen in known.fits.items()}
+    givers = [{f for known in sources for f in known.weights.get(d, ())} for d in set(digests)]
+    accounts, found = set(own), set[str]()
+    for fits in sorted(givers, key=len):  # those that leave a choice come last
+        by_data: dict[str, set[str]] = {}
+        for fit in fits:
+            by_data.setdefault(facts.get(fit, {}).get(fit, _NO_DATA).digest, set()).add(fit)
+        for alike in by_data.values():
+            if not alike & accounts:
+                accounts |= _newest(alike, sources)
+            found |= alike & accounts
+    origins: Origins = {}
+    for fit in found:
+        origins |= facts.get(fit, {fit: _NO_DATA})
+    return origins
+
+
+def _newest(fits: set[str], sources: Sequence[Known]) -> set[str]:
+    """All fits of the best ledger that holds one of these; of those without a ledger, the last."""
+    for known in reversed(sources):
+        held = [fit for fit in known.fits if fit in fits]
+        if held:
+            return set(held[-1:] if known is sources[0] else known.fits)
+    return fits
+
+
+def _own_fits(asked: Asked, ledgers: Mapping[Path, Known]) -> set[str]:
+    here = None if asked.path is None else ledgers.get(asked.path.absolute())
+    return set(asked.fits) | set(() if here is None else here.fits)
 
 
 def _ledgers(asked: Asked) -> dict[Path, Known]:
@@ -154,8 +194,7 @@ def _ledgers(asked: Asked) -> dict[Path, Known]:
 
 def _continued(origins: Origins, asked: Asked, ledgers: Mapping[Path, Known]) -> Path | None:
     """The ledger that goes on instead of what was asked for; None where that is as it should be."""
-    here = None if asked.path is None else ledgers.get(asked.path.absolute())
-    own = set(asked.fits) | set(() if here is None else here.fits)
+    own = _own_fits(asked, ledgers)
     same = {fit for fit, data in origins.items() if asked.data.same_as(data)}
     for fit, data in origins.items():
         if fit not in own and asked.data.same_as(data) is None:

@@ -231,6 +231,64 @@ def test_short_passes_do_not_fill_the_ledger(tmp_path):
     assert kinds == [*["step", "step", "step", "note"] * 3, "step", "note"]
 
 
+def test_of_several_accounts_that_gave_the_same_weights_one_is_enough():
+    """Runs with one seed end in equal weights: the account that is asked for, else the newest."""
+    ends, ledgers = [], []
+    for seed in (1, 1, 2):
+        ends.append(net())
+        ledgers.append(train(private(ends[-1], insecure_seed=seed)).ledger_path.absolute())
+    for asked, goes_on in ((ledgers[0], 0), (ledgers[1], 1), (None, 1)):
+        with private(copy.deepcopy(ends[0]), ledger=asked, insecure_seed=3) as loop:
+            assert loop.ledger_path.samefile(ledgers[goes_on])
+            assert loop.steps == 8
+    joined = copy.deepcopy(ends[0])
+    joined.net[0].load_state_dict(ends[2].net[0].state_dict())
+    refused(joined, "weights of several accounts")
+
+
+def test_an_average_in_a_callbacks_state_is_known_in_another_process(tmp_path):
+    averages = Averages()
+    saves = ModelCheckpoint(tmp_path, "saved", every_n_train_steps=8)
+    first, _ = fit(Net(), 0.7, tmp_path, averages, saves)
+    kept = torch.load(tmp_path / "saved.ckpt", weights_only=True)["callbacks"]["Averages"]
+    assert first.steps == 8
+    forget_this_process()
+    for name, steps in (("average", 8), ("start", 0)):
+        model = Net()
+        model.load_state_dict(kept[name])
+        with private(model) as loop:
+            assert loop.steps == steps
+
+
+class Averages(Callback):
+    """Keeps an average in its own state, and what is public beside it."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.start = copy.deepcopy(pl_module.state_dict())
+        self.average = copy.deepcopy(self.start)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        for name, value in pl_module.state_dict().items():
+            self.average[name].lerp_(value, 0.4)
+
+    def state_dict(self):
+        return {"average": self.average, "start": self.start}
+
+
+def test_what_is_merged_into_a_frozen_weight_counts_as_trained():
+    model = without(net(), "net.0")
+    train(private(model))
+    other = nn.Sequential(model.net[0], nn.Linear(16, 3))
+    with private(other) as loop:
+        assert loop.steps == 0  # frozen, and as it was
+    with torch.no_grad():
+        model.net[0].weight += 0.1
+    with private(other) as loop:
+        assert loop.steps == 8
+    with private(copy.deepcopy(other)) as loop:
+        assert loop.steps == 0  # nobody can know it
+
+
 # --- what is refused, and the way forward ---------------------------------------------------------
 
 

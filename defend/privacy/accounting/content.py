@@ -13,6 +13,7 @@ import json
 import os
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -20,14 +21,48 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from defend.privacy.accounting.rows import (
+    Hashes,
+    joined_hashes,
+    order_free,
+    row_hashes,
+    text_hashes,
+)
+
 _BLOCK = 2**24  # elements that are copied at a time
 _FILES = 100_000  # whose sizes are looked up, evenly spread over longer lists
 _ROWS = 1024  # that are read of an array that lies on disk
 _LINES = 10_000  # of a list that are written out at a time
+_WHOLE = 2**53  # up to which a float holds every whole number
 _DEPTH = 6  # of containers in containers
 _WRITERS = {"append", "extend", "insert", "update", "setdefault", "add", "pop", "remove", "put"}
 
-Leaf = tuple[str, int]  # the digest of one piece of content, and its size in bytes or so
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """One piece of content.
+
+    Attributes:
+        digest: of all values, in their order.
+        size: in bytes or so.
+        rows: a hash for each record; None where only some were read.
+        exact: digests, in their order, of what tells these records from others: features, names of
+            files. Labels do not, nor what is the same for all records.
+        free: digests of the same, whatever their order.
+    """
+
+    digest: str
+    size: int
+    rows: Hashes | None = None
+    exact: tuple[str, ...] = ()
+    free: tuple[str, ...] = ()
+
+
+def leaf_of(digest: str, size: int, kind: str, rows: Hashes, *, tells: bool) -> Leaf:
+    """A leaf, and whether it tells its records from others, if they are not all the same."""
+    if not tells or len(rows) == 0 or bool(np.all(rows == rows[0])):
+        return Leaf(digest, size, rows)
+    return Leaf(digest, size, rows, (digest,), (order_free(kind, rows),))
 
 
 def own_content(dataset: Any, records: int) -> dict[str, Leaf]:
@@ -60,7 +95,7 @@ def content(value: Any, records: int, root: str | PurePath | None = None) -> Lea
     if records < 1:
         return None
     if isinstance(value, Tensor | np.ndarray):
-        return _of_array(value) if value.ndim and len(value) >= records else None
+        return array_leaf(value, records) if value.ndim and len(value) >= records else None
     if isinstance(value, list | tuple):
         return _of_column(value, root) if len(value) == records else None
     if hasattr(value, "iloc") and hasattr(value, "to_numpy"):  # a frame or a series of pandas
@@ -75,8 +110,19 @@ def joined(leaves: Mapping[str, Leaf | None]) -> Leaf | None:
     found = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     if not found:
         return None
-    digests = [[name, digest] for name, (digest, _) in found.items()]
-    return hashed(digests), sum(size for _, size in found.values())
+    digest = hashed([[name, leaf.digest] for name, leaf in found.items()])
+    exact = tuple(part for leaf in found.values() for part in leaf.exact)
+    free = tuple(part for leaf in found.values() for part in leaf.free)
+    size, rows = sum(leaf.size for leaf in found.values()), _joined_rows(found)
+    if exact or rows is None:
+        return Leaf(digest, size, rows, exact, free)
+    return leaf_of(digest, size, " ".join(found), rows, tells=len(found) > 1)
+
+
+def _joined_rows(found: Mapping[str, Leaf]) -> Hashes | None:
+    rows = [leaf.rows for leaf in found.values() if leaf.rows is not None]
+    whole = len(rows) == len(found) and len({len(each) for each in rows}) == 1
+    return joined_hashes(rows) if whole else None
 
 
 def hashed(parts: Any) -> str:
@@ -107,17 +153,43 @@ def tensor_digest(tensor: Tensor) -> str:
     return sha.hexdigest()
 
 
-def _of_array(value: Tensor | np.ndarray) -> Leaf | None:
+def array_leaf(value: Tensor | np.ndarray, records: int) -> Leaf | None:
+    """The leaf of a tensor or an array that has a place, or more, for each record."""
     if isinstance(value, Tensor):
         if not has_bytes(value):
             return None
-        return tensor_digest(value), value.numel() * value.element_size()
-    if value.dtype == object:
+        size, digest = value.numel() * value.element_size(), tensor_digest(value)
+        width = value.numel() // max(1, records)
+    elif value.dtype == object:
         return _of_column(value.tolist(), None)
-    if isinstance(value, np.memmap):  # on disk: its shape, and rows from all over it
+    elif isinstance(value, np.memmap):  # on disk: its shape, and rows from all over it
         rows = np.ascontiguousarray(value[:: max(1, len(value) // _ROWS)])
-        return hashed([str(value.dtype), value.shape, _array_digest(rows)]), value.nbytes
-    return _array_digest(value), value.nbytes
+        digest = hashed([str(value.dtype), value.shape, _array_digest(rows)])
+        return Leaf(digest, value.nbytes, None, (digest,) if value.size > records else ())
+    else:
+        size, digest, width = value.nbytes, _array_digest(value), value.size // max(1, records)
+    hashes = row_hashes(value)
+    kind = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape[1:])}"
+    return leaf_of(digest, size, kind, hashes, tells=width > 1 or _are_measured(value, hashes))
+
+
+def _are_measured(value: Tensor | np.ndarray, rows: Hashes) -> bool:
+    """Whether single values are more than classes: fractions, or many strings or dates."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            return False
+        values = value.detach().double()
+        return bool(torch.any(values != values.round()))
+    if value.dtype.kind in "biu":
+        return False
+    if value.dtype.kind in "fc":
+        return bool(np.any(value != np.round(value)))
+    return _differ(rows)
+
+
+def _differ(rows: Hashes) -> bool:
+    """Whether most records have a value of their own, as classes have not."""
+    return 2 * len(np.unique(rows)) > len(rows)
 
 
 def _array_digest(array: np.ndarray) -> str:
@@ -136,9 +208,9 @@ def _of_frame(frame: Any, records: int) -> Leaf | None:
     if len(frame) != records:
         return None
     if not hasattr(frame, "columns"):
-        return _of_array(frame.to_numpy())
+        return array_leaf(frame.to_numpy(), records)
     columns = {str(name): frame[name] for name in frame.columns}
-    return joined({name: _of_array(column.to_numpy()) for name, column in columns.items()})
+    return joined({n: array_leaf(column.to_numpy(), records) for n, column in columns.items()})
 
 
 def _of_column(values: Sequence[Any], root: str | PurePath | None) -> Leaf | None:
@@ -165,7 +237,15 @@ def _files(names: list[str], root: str | PurePath | None) -> Leaf | None:
     below = [os.path.relpath(name, common).replace(os.sep, "/") for name in names]
     every = -(-len(names) // _FILES)
     sizes = [_size(name) for name in names[::every]]
-    return hashed(["files", below, sizes]), sum(sizes) * every
+    digest = hashed(["files", below, sizes])
+    if every > 1:  # the same ones in whatever order
+        sizes, below = [_size(os.path.join(common, n)) for n in sorted(below)[::every]], below  # noqa: PTH118
+    texts = (
+        (os.fsencode(n) for n in below)
+        if every > 1
+        else (os.fsencode(f"{n} {s}") for n, s in zip(below, sizes, strict=True))
+    )
+    return leaf_of(digest, sum(sizes) * every, "files", text_hashes(texts), tells=True)
 
 
 def _below(root: str | PurePath | None, name: str) -> str:
@@ -200,7 +280,40 @@ def _of_plain(values: Sequence[Any]) -> Leaf | None:
                 return None
         sha.update(text)
         size += len(text)
-    return sha.hexdigest(), size
+    return _with_parts(values, sha.hexdigest(), size)
+
+
+def _with_parts(values: Sequence[Any], digest: str, size: int) -> Leaf:
+    """The leaf of a list; of records that are dicts, what tells them is in their values."""
+    keys = {
+        tuple(sorted(v)) if isinstance(v, dict) and all(map(_is_text, v)) else None for v in values
+    }
+    if len(keys) == 1 and (names := keys.pop()):
+        columns = {name: _of_column([value[name] for value in values], None) for name in names}
+        whole = joined(columns)
+        rows, exact, free = (
+            (None, (), ()) if whole is None else (whole.rows, whole.exact, whole.free)
+        )
+        return Leaf(digest, size, rows, exact, free)
+    if all(isinstance(v, float) or (isinstance(v, int) and abs(v) < _WHOLE) for v in values):
+        numbers = np.asarray(values, dtype=np.float64)
+        rows = row_hashes(numbers)
+        return leaf_of(digest, size, "numbers", rows, tells=_are_measured(numbers, rows))
+    rows = text_hashes(map(_text, values))
+    return leaf_of(
+        digest, size, "items", rows, tells=not all(map(_is_text, values)) or _differ(rows)
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _text(value: Any) -> bytes:
+    try:
+        return json.dumps(value).encode()
+    except (TypeError, ValueError, RecursionError):
+        return b"".join(_tokens(value, _DEPTH))
 
 
 def _tokens(value: Any, depth: int) -> Iterator[bytes]:
@@ -214,10 +327,10 @@ def _tokens(value: Any, depth: int) -> Iterator[bytes]:
         text = str(plain) if isinstance(plain, PurePath) else repr(plain)
         yield f"{len(text)}:{text}".encode()
     elif isinstance(value, Tensor | np.ndarray):
-        leaf = _of_array(value if value.ndim else value.reshape(1))
-        if leaf is None:
+        digest = _plain_digest(value if value.ndim else value.reshape(1))
+        if digest is None:
             raise TypeError
-        yield f"a:{leaf[0]}".encode()
+        yield f"a:{digest}".encode()
     elif isinstance(value, list | tuple | dict) and depth:
         items: Iterable[Any] = value.items() if isinstance(value, dict) else value
         yield f"{type(value).__name__}{len(value)}[".encode()
@@ -225,6 +338,16 @@ def _tokens(value: Any, depth: int) -> Iterator[bytes]:
             yield from _tokens(item, depth - 1)
     else:
         raise TypeError
+
+
+def _plain_digest(value: Tensor | np.ndarray) -> str | None:
+    """Of one array among many: nothing else is needed of it."""
+    if isinstance(value, Tensor):
+        return tensor_digest(value) if has_bytes(value) else None
+    if value.dtype == object or isinstance(value, np.memmap):
+        leaf = array_leaf(value, len(value))
+        return None if leaf is None else leaf.digest
+    return _array_digest(value)
 
 
 # --- what a data set writes to ------------------------------------------------------------------

@@ -25,6 +25,7 @@ from defend.privacy.accounting.ledger_lines import HEAD, Entry
 _FIT = b'\n{"kind": "fit", '
 _NOTE = b'\n{"kind": "note", '
 _SHORT = 32  # hexadecimal digits of SHA-256
+_NESTED = 8  # dicts and lists in one another that are looked into
 
 Origins = dict[str, DataIdentity]  # fit → the data that it trained on
 
@@ -54,6 +55,35 @@ def moved_weights(named: Iterable[tuple[str, Tensor]], start: Mapping[str, str])
     return {n: d for n, d in digests.items() if d != start[n] and not _is_of_one_value(now[n])}
 
 
+def moved_copies(
+    named: Iterable[tuple[str, Tensor]], moved: Iterable[Tensor], start: Mapping[str, str]
+) -> dict[str, str]:
+    """Name → digest of the tensors that look like a moved parameter: an average of it, say.
+
+    Args:
+        named: tensors under whatever names; those that are in `start` are passed over.
+        moved: parameters that moved; a copy has the dtype and shape of one.
+        start: digests of all parameters before; what equals one of them is no copy.
+    """
+    kinds = {(tensor.dtype, tensor.shape) for tensor in moved}
+    alike = {n: t for n, t in named if n not in start and (t.dtype, t.shape) in kinds}
+    public = set(start.values())
+    digests = weight_digests(alike.items())
+    return {n: d for n, d in digests.items() if d not in public and not _is_of_one_value(alike[n])}
+
+
+def tensors_in(value: Any, name: str = "", depth: int = _NESTED) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of all tensors in dicts, lists and tuples, such as a checkpoint's."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping) and depth:
+        for key, inner in value.items():
+            yield from tensors_in(inner, f"{name}.{key}" if name else str(key), depth - 1)
+    elif isinstance(value, list | tuple) and depth:
+        for i, inner in enumerate(value):
+            yield from tensors_in(inner, f"{name}.{i}" if name else str(i), depth - 1)
+
+
 def _is_of_one_value(tensor: Tensor) -> bool:
     """Whether any model may hold it: zeros, ones; of one number, whole ones."""
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
@@ -72,11 +102,13 @@ class Known:
         fits: fit → all data that its weights saw: its own under its own name, those of fits that
             came before it, in other accounts, under theirs.
         size: bytes of the ledger.
+        written: when it was last written to, in ns.
     """
 
     weights: dict[str, set[str]] = field(default_factory=dict)
     fits: dict[str, Origins] = field(default_factory=dict)
     size: int = 0
+    written: int = 0
 
     def note(self, fit: str, weights: Iterable[str]) -> None:
         """Add what a fit gave."""
@@ -94,12 +126,12 @@ def known_to(path: Path) -> Known | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _read(path: Path, *state: int) -> Known | None:  # noqa: ARG001
+def _read(path: Path, size: int, written: int) -> Known | None:  # noqa: ARG001
     """Once for each state of a file: only the few lines that are not steps are looked into."""
     raw = path.read_bytes()
     if not raw.startswith(HEAD):
         return None
-    known = Known(size=len(raw))
+    known = Known(size=len(raw), written=written)
     for entry in _lines(raw, _FIT):
         known.fits[entry["fit"]] = origins_from(entry)
     for entry in _lines(raw, _NOTE):

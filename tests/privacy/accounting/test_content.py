@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from defend.privacy import data_digest
+from defend.privacy.accounting import rows
 from defend.privacy.accounting.fingerprint import identify
 
 ROOT = Path(__file__).parents[3]
@@ -80,7 +81,9 @@ SIZES = {
 def test_other_content_has_another_digest_and_what_is_none_has_the_size():
     digests = [data_digest(dataset) for dataset in CONTENT.values()]
     assert len(set(digests)) == len(CONTENT)
-    assert {digest.split(":")[0] for digest in digests} == {"sha256"}
+    part = {n for n, digest in zip(CONTENT, digests, strict=True) if digest.startswith("part:")}
+    assert part == {"integers", "others", "floats", "labels beside what cannot be read"}
+    assert {digest.split(":")[0] for digest in digests} == {"sha256", "part"}
     assert {data_digest(dataset) for dataset in SIZES.values()} == {data_digest(Own())}
     assert data_digest(Own()).startswith("size:")
 
@@ -154,6 +157,11 @@ def folder(at, names=("a/1.png", "a/2.png", "b/1.png"), size=3):
     return [str(at / name) for name in names]
 
 
+class Made(Own):
+    def __init__(self, fingerprint):
+        self._fingerprint = fingerprint
+
+
 class Files(Own):
     def __len__(self):
         return 3
@@ -205,6 +213,69 @@ def test_another_process_finds_the_same():
     assert found == f"{[data_digest(d) for d in (*CONTENT.values(), Counting())]}\n"
 
 
+def shared(x):
+    return Own(x=x, y=[0, 1] * 3, names=list("ababab"), mask=torch.ones(N, 9), i=list(range(N)))
+
+
+ORDER = [3, 1, 5, 0, 2, 4]
+SHUFFLED = {
+    "tensors": lambda o, more: TensorDataset(numbers()[o], torch.tensor(o), *(m[o] for m in more)),
+    "integers": lambda o, more: TensorDataset(torch.arange(N)[o], torch.arange(N).flip(0)[o]),
+    "bfloat16": lambda o, more: Own(x=numbers().bfloat16()[o], **added(o, more)),
+    "one number": lambda o, more: Own(x=(torch.arange(N) / 4)[o], **added(o, more)),
+    "array": lambda o, more: Own(x=numbers().numpy()[o], **added(o, more)),
+    "floats": lambda o, more: Own(x=[i / 2 for i in o], **added(o, more)),
+    "strings": lambda o, more: Own(x=["abcdef"[i] for i in o], **added(o, more)),
+    "pairs": lambda o, more: Own(x=[("abcdef"[i], 0) for i in o], **added(o, more)),
+    "labelled tensors": lambda o, more: Own(x=[(torch.full((2,), i), 0) for i in o]),
+    "records": lambda o, more: Own(
+        x=[{"text": "abcdef"[i], "y": 0, "more": [m[i].tolist() for m in more]} for i in o]
+    ),
+    "frame": lambda o, more: Own(
+        x=frame(**{f"c{i}": m[:, 0].numpy() for i, m in enumerate(more)}).iloc[o]
+    ),
+    "frame of integers": lambda o, more: Own(x=frame()[["name"]].assign(a=1).iloc[o]),
+    "nested": lambda o, more: Own(base=TensorDataset(numbers()[o]), **added(o, more)),
+}  # fmt: skip
+
+
+def added(order, more):
+    return {f"more{i}": m[order] for i, m in enumerate(more)}
+
+
+@pytest.mark.parametrize("name", SHUFFLED)
+def test_neither_the_order_nor_what_is_added_makes_other_data(name):
+    """Teacher logits beside the records, larger than these; and the opposite: one value changed."""
+    make = SHUFFLED[name]
+    first = identify(make(list(range(N)), ()))
+    logits = torch.randn(N, 50, generator=torch.Generator().manual_seed(0))
+    assert identify(make(ORDER, ())).same_as(first) is True
+    assert identify(make(ORDER, (logits,))).same_as(first) is True
+    assert identify(make([0, 0, 2, 3, 4, 5], ())).same_as(first) is False
+
+
+def test_files_in_another_order_are_the_same(tmp_path):
+    names = folder(tmp_path / "train")
+    for make in (
+        lambda names: Files(names=names),
+        lambda names: Files(samples=[(n, 0) for n in names], logits=torch.randn(3, 5)),
+    ):
+        assert identify(make(names[::-1])).same_as(identify(make(names))) is True
+    longer = folder(tmp_path / "longer", size=4)
+    assert identify(Files(names=longer)).same_as(identify(Files(names=names))) is False
+
+
+def test_rows_that_differ_have_other_hashes_whatever_their_blocks(monkeypatch):
+    x = torch.randn(64, 33, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([x, -x, x.flip(1), torch.where(torch.arange(33) % 2 == 0, x, -x)])
+    hashes = rows.row_hashes(x)
+    assert len(np.unique(hashes)) == len(x)
+    assert np.array_equal(rows.row_hashes(x.numpy()), hashes)
+    assert len(rows.row_hashes(torch.ones(3, 0))) == 3
+    monkeypatch.setattr(rows, "_BLOCK", 700)
+    assert np.array_equal(rows.row_hashes(x), hashes)
+
+
 def test_whether_two_data_sets_are_the_same():
     x, y = numbers(), torch.arange(N)
     base = TensorDataset(x, y)
@@ -215,19 +286,31 @@ def test_whether_two_data_sets_are_the_same():
         (identify(Own(x=x)), identify(Own(x=x, y=list(range(N))))),  # with labels
         (identify(Own()), identify(Own())),
         (named(base), named(Own())),
+        (identify(Made("a")), identify(Own(base=Made("a")))),
+        (identify(Own(x=x, day=list("abcdef"))), identify(Own(x=x + 1, day=list("abcdef")))),
+        (identify(Own(x=x)), named(Own(x=x, day=list("abcdef")))),
         (named(base), identify(base)),
+        (identify(base), identify(Subset(base, torch.randperm(N)))),
+        (identify(Subset(base, [1, 2])), identify(Subset(base, [2, 1]))),
         (identify(Own()), identify(base, data_id=identify(Own()).digest)),
     ]
     other = [
         (identify(base), identify(TensorDataset(x + 1, y))),  # with the same labels
         (identify(base, "yours"), named(base)),
+        (identify(Own(x=x, day=list("abcdef"))), named(Own(x=x + 1, day=list("abcdef")))),
         (identify(Own()), named(Files())),
+        # labels, a mask and indices that others share are none of what tells them
+        *((identify(shared(x)), identify(shared(x + 1))) for x in (x, x.numpy())),
     ]
     untold = [
         (identify(Own()), identify(Files())),
         (identify(Own()), identify(base)),
         (identify(base), identify(Subset(base, [1, 2]))),
         (identify(Subset(base, [3])), identify(Subset(base, [1, 2]))),
+        (identify(Made("a")), identify(Made("b"))),  # two ways that may end in the same
+        (identify(Made("a")), identify(Own(base=Made("b")))),
+        (identify(Own(y=[0, 1] * 3)), identify(Own(y=[1, 0] * 3))),  # labels alone
+        (identify(base), identify(Subset(TensorDataset(x.flip(0), y), [1, 2]))),
     ]
     for pairs, answer in ((same, True), (other, False), (untold, None)):
         for known, here in pairs:

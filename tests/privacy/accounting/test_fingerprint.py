@@ -69,10 +69,13 @@ DATASETS = {
     "two": ConcatDataset([TensorDataset(*tensors()), TensorDataset(*tensors())]),
     "three": ConcatDataset([TensorDataset(*tensors())] * 3),
     "nested two": ConcatDataset([ConcatDataset([TensorDataset(*tensors())] * 2)]),
+    "a list": [0.5, 2, 3],
+}
+PARTS = {
     "fingerprint": HuggingFaceLike("0123abcd"),
     "another fingerprint": HuggingFaceLike("0123abce"),
     "subset of a fingerprint": Subset(HuggingFaceLike("0123abcd"), [1]),
-    "a list": [1, 2, 3],
+    "a list of labels": [1, 2, 3],
 }
 SIZES = {
     "five": Untouchable(5),
@@ -88,7 +91,7 @@ SIZES = {
 
 
 def test_other_content_has_another_digest():
-    for kind, datasets in (("sha256", DATASETS), ("size", SIZES)):
+    for kind, datasets in (("sha256", DATASETS), ("part", PARTS), ("size", SIZES)):
         digests = [data_digest(dataset) for dataset in datasets.values()]
         assert len(set(digests)) == len(datasets)
         for name, digest in zip(datasets, digests, strict=True):
