@@ -148,9 +148,10 @@ class PatchedStrategy:
         for owner, name in places:
             if isinstance(getattr(vars(owner).get(name), "__self__", None), PatchedStrategy):
                 delattr(owner, name)
-        module = trainer.lightning_module
+        module: Any = trainer.lightning_module  # None where a fit failed before it had one
+        held = {} if module is None else vars(module)
         for name, stands_in in _TRANSFERS.items():
-            if getattr(vars(module).get(name), "__func__", None) is stands_in:
+            if getattr(held.get(name), "__func__", None) is stands_in:
                 delattr(module, name)
 
     def _private_backward(self, privacy: PrivacyHooks, loss: torch.Tensor, optimizer: Any) -> None:

@@ -570,6 +570,12 @@ def test_nothing_goes_from_one_record_to_another(place, tmp_path):
     assert alone == (place not in FOUND_ONLY)
 
 
+def test_a_fit_that_fails_before_it_has_a_module_says_why(tmp_path):
+    run = trainer(callbacks=[private()], default_root_dir=tmp_path)
+    with pytest.raises(TypeError, match="LightningModule"):
+        run.fit(nn.Linear(8, 3), DataLoader(data(RECORDS), batch_size=RECORDS))
+
+
 # --- together with all else -----------------------------------------------------------------------
 
 

@@ -109,6 +109,8 @@ class Comparisons:
                     self._judge_copies(gradients)
             try:
                 alone = self.copy.gradient_alone(self.records[number], seed)
+            except PrivacyError:  # it says itself what is wrong
+                raise
             except Exception as error:
                 raise PrivacyError(
                     "Expected a step that works on one record, as it does on several, got "
