@@ -96,15 +96,7 @@ def count_rows(batch: Any) -> int | None:
     """Rows of the first tensor found in a batch; None if it holds no tensor with rows."""
     if isinstance(batch, Tensor | np.ndarray):
         return batch.shape[0] if batch.ndim else None
-    if isinstance(batch, Mapping):
-        values = list(batch.values())
-    elif isinstance(batch, list | tuple):
-        values = list(batch)
-    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        values = [getattr(batch, f.name) for f in dataclasses.fields(batch)]
-    else:
-        return None
-    return next((n for n in map(count_rows, values) if n is not None), None)
+    return next((n for n in map(count_rows, _parts(batch)) if n is not None), None)
 
 
 def holds_rows(batch: Any, rows: int) -> int | None:
@@ -117,18 +109,23 @@ def holds_rows(batch: Any, rows: int) -> int | None:
     Returns:
         `rows`, or what was found instead; None if nothing in it has rows.
     """
-    if isinstance(batch, Mapping):
-        parts = list(batch.values())
-    elif isinstance(batch, list | tuple):
-        parts = list(batch)
-    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        parts = [getattr(batch, f.name) for f in dataclasses.fields(batch)]
-    else:
+    if isinstance(batch, Tensor | np.ndarray):
         return count_rows(batch)
-    found = [n for n in (holds_rows(part, rows) for part in parts) if n is not None]
+    found = [n for n in (holds_rows(part, rows) for part in _parts(batch)) if n is not None]
     if rows in found or (isinstance(batch, list | tuple) and len(batch) == rows):
         return rows  # beside it may stand what is not by rows: ids of all bags, edges of graphs
     return found[0] if found else None
+
+
+def _parts(batch: Any) -> list[Any]:
+    """What a container holds; nothing of what is no container."""
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    if isinstance(batch, list | tuple):
+        return list(batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return [getattr(batch, f.name) for f in dataclasses.fields(batch)]
+    return []
 
 
 def _rebuild_mapping(batch: Mapping, values: dict) -> Any:

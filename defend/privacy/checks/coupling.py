@@ -67,18 +67,19 @@ def coupling(
     with ConstantRandomness(part):
         pairs = [(of([first, *rest]), of([first])) for first in (one, other)]
     for together, alone in pairs:
-        if not _finite(alone):  # others make up for it, or it says nothing by itself
-            return ("the loss", math.inf) if _finite(together) else None
+        if not finite(alone):  # others make up for it, or it says nothing by itself
+            return ("the loss", math.inf) if finite(together) else None
     found, expected = ([a - b for a, b in zip(*pair, strict=True)] for pair in pairs)
     apart = _norm([a - b for a, b in zip(found, expected, strict=True)])
     kind = torch.bfloat16 if copy.step.half else found[0].dtype
     largest = max(_norm(together) for together, _ in pairs)
-    if _finite(found + expected) and apart <= _ROUNDINGS * torch.finfo(kind).eps * largest:
+    if finite(found + expected) and apart <= _ROUNDINGS * torch.finfo(kind).eps * largest:
         return None  # an outlier drowns the rest
     return copy.difference(found, expected)
 
 
-def _finite(gradients: list[Tensor]) -> bool:
+def finite(gradients: list[Tensor]) -> bool:
+    """Whether all numbers of a gradient are."""
     return all(bool(g.isfinite().all()) for g in gradients)
 
 

@@ -50,10 +50,7 @@ def remember(objects: Iterable[Any], *, lists_grow: bool = False) -> Undo:
         elif not isinstance(value, DataLoader):
             undo += _of_container(value, left, lists_grow)
 
-    def put_back() -> bool:
-        return sum(step() for step in undo) > 0  # all of them
-
-    return put_back
+    return partial(_put_back, undo)
 
 
 def remember_buffers(module: nn.Module) -> Undo:
@@ -68,10 +65,11 @@ def remember_buffers(module: nn.Module) -> Undo:
     held = [*(b for b in module.buffers() if not b.is_meta), *frozen]
     undo += [partial(_rewrite, b, b.detach().clone()) for b in held]
 
-    def put_back() -> bool:
-        return sum(step() for step in undo) > 0
+    return partial(_put_back, undo)
 
-    return put_back
+
+def _put_back(undo: list[Undo]) -> bool:
+    return sum(step() for step in undo) > 0  # all of them
 
 
 def _of_function(function: types.FunctionType, left: list[int]) -> Iterator[Undo]:

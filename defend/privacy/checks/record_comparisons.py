@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from defend.errors import PrivacyError
 from defend.privacy.checks.comparisons import Comparisons
+from defend.privacy.checks.coupling import finite
 from defend.privacy.checks.module_copy import tensors_by_name
 from defend.privacy.checks.records_on_copy import RecordsOnCopy
 
@@ -46,7 +46,7 @@ class RecordComparisons(Comparisons):
                 "record."
             ) from error
         gradients += [copy.gradient_alone(record, 0) for record in self.records[1:]]
-        if not copy.trains or not any(all(map(_is_finite, g)) for g in gradients):
+        if not copy.trains or not any(map(finite, gradients)):
             raise PrivacyError(
                 "Expected `training_step` to return a loss that depends on the parameters, got no "
                 f"finite gradient of {len(self.records)} records. Return a loss with a graph, that "
@@ -92,7 +92,3 @@ class RecordComparisons(Comparisons):
 
     def _refuse_known(self, attacked: Any, steps: int) -> None:
         """A record may draw what it likes: it tells nothing of another one."""
-
-
-def _is_finite(gradient: Tensor) -> bool:
-    return bool(gradient.isfinite().all())

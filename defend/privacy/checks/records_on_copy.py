@@ -1,7 +1,6 @@
 """A user's step on a copy of the module, one record at a time."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -33,10 +32,8 @@ class RecordsOnCopy(StepOnCopy):
     def _engine_on(self, module: nn.Module) -> Any:
         return OneRecord(module, views=self.step.views, loss_reduction="sum")
 
-    @contextmanager
-    def _seeded_again(self) -> Iterator[None]:
-        with seeded(self._seed, self.devices, self.generators):
-            yield
+    def _seeded_again(self) -> AbstractContextManager[None]:
+        return seeded(self._seed, self.devices, self.generators)
 
     def _prepared(self, records: list[Any]) -> Any:
         batches = RecordBatches()
